@@ -1,0 +1,58 @@
+# kvk_add_levels(TARGET SOURCES OUT): compiles SOURCES once per instruction-set level and puts the objects' paths in OUT.
+#
+# A level's objects are linked into one (`ld -r`), COMDAT groups dissolved, and every symbol but the level's table made
+# local: an inline function compiled for AVX-512 can then never be the copy that an older machine runs.
+include(CheckCXXCompilerFlag)
+
+function(kvk_add_levels target sources out)
+  set(levels base)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    set(base_name "x86-64-v2")
+    set(base_flags -march=x86-64-v2)
+    set(wanted ${KVK_CPU_LEVELS})
+    if(wanted STREQUAL "auto")
+      set(wanted x86-64-v3 x86-64-v4)
+    endif()
+    foreach(level IN LISTS wanted)
+      check_cxx_compiler_flag(-march=${level} KVK_COMPILER_KNOWS_${level})
+      if(NOT KVK_COMPILER_KNOWS_${level})
+        message(FATAL_ERROR "kvk: the compiler does not know -march=${level}; leave it out of KVK_CPU_LEVELS, or take GCC 11 or Clang 12 and later")
+      endif()
+      string(REGEX REPLACE "[^a-z0-9]" "_" name ${level})
+      list(APPEND levels ${name})
+      set(${name}_name ${level})
+      set(${name}_flags -march=${level})
+      if(level STREQUAL "x86-64-v4")
+        # GCC 12 warns inside its own AVX-512 intrinsics (GCC bug 105593).
+        list(APPEND ${name}_flags -mprefer-vector-width=512 -Wno-maybe-uninitialized)
+      endif()
+      string(TOUPPER ${name} upper)
+      target_compile_definitions(${target} PRIVATE KVK_HAVE_${upper})
+    endforeach()
+  else()
+    set(base_name ${CMAKE_SYSTEM_PROCESSOR})
+    set(base_flags "")
+  endif()
+
+  set(objects)
+  foreach(level IN LISTS levels)
+    set(library kvk_level_${level})
+    add_library(${library} OBJECT ${sources})
+    target_link_libraries(${library} PRIVATE kvk_options)
+    target_compile_definitions(${library} PRIVATE KVK_LEVEL=${level} KVK_LEVEL_NAME="${${level}_name}")
+    target_compile_options(${library} PRIVATE ${${level}_flags} -fno-math-errno -fno-trapping-math)
+    if(KVK_SANITIZE)
+      list(APPEND objects $<TARGET_OBJECTS:${library}>)  # a test build, run on the machine that made it
+      continue()
+    endif()
+    set(object ${CMAKE_CURRENT_BINARY_DIR}/${library}.o)
+    add_custom_command(OUTPUT ${object}
+      COMMAND ${CMAKE_LINKER} -r --force-group-allocation -o ${object}.all $<TARGET_OBJECTS:${library}>
+      COMMAND ${CMAKE_OBJCOPY} --keep-global-symbol=kvk_cpu_kernels_${level} ${object}.all ${object}
+      DEPENDS ${library} $<TARGET_OBJECTS:${library}>
+      COMMAND_EXPAND_LISTS VERBATIM COMMENT "Localising the symbols of ${${level}_name}")
+    set_source_files_properties(${object} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
+    list(APPEND objects ${object})
+  endforeach()
+  set(${out} ${objects} PARENT_SCOPE)
+endfunction()

@@ -1,0 +1,25 @@
+# libkvk.so: the whole library behind torch.ops.kvk, through the LibTorch stable ABI. It needs torch's headers, not torch:
+# an empty stub with torch's SONAME gives the NEEDED entry that the libtorch_cpu.so of `import torch` satisfies.
+set(KVK_TORCH_MINIMUM 0x020A000000000000)  # 2.10
+
+if(NOT EXISTS "${KVK_TORCH_INCLUDE}/torch/csrc/stable/library.h")
+  message(FATAL_ERROR
+    "kvk: no headers of torch >= 2.10 in KVK_TORCH_INCLUDE='${KVK_TORCH_INCLUDE}' (want torch/csrc/stable/library.h). "
+    "Install the torch you want first, then build kvk; or pass -DKVK_TORCH_INCLUDE=<site-packages>/torch/include; or "
+    "-DKVK_BUILD_TORCH=OFF for the C++ library alone.")
+endif()
+
+file(WRITE ${CMAKE_BINARY_DIR}/torch_stub/stub.cc "extern \"C\" void kvk_torch_stub() {}\n")
+add_library(kvk_torch_stub SHARED ${CMAKE_BINARY_DIR}/torch_stub/stub.cc)
+set_target_properties(kvk_torch_stub PROPERTIES
+  OUTPUT_NAME torch_cpu LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/torch_stub)
+
+add_library(kvk_torch MODULE csrc/torch/adapter.cc csrc/torch/paged.cc $<TARGET_OBJECTS:kvk_objects> ${KVK_LEVEL_OBJECTS})
+target_link_libraries(kvk_torch PRIVATE kvk_options kvk_torch_stub Threads::Threads)
+target_include_directories(kvk_torch SYSTEM PRIVATE ${KVK_TORCH_INCLUDE})
+target_compile_definitions(kvk_torch PRIVATE TORCH_TARGET_VERSION=${KVK_TORCH_MINIMUM})
+target_link_options(kvk_torch PRIVATE LINKER:--no-as-needed)
+if(CMAKE_BUILD_TYPE STREQUAL Release AND NOT KVK_SANITIZE)
+  target_link_options(kvk_torch PRIVATE -s)
+endif()
+set_target_properties(kvk_torch PROPERTIES OUTPUT_NAME kvk SKIP_BUILD_RPATH TRUE INSTALL_RPATH "")

@@ -1,0 +1,107 @@
+#include "core/check.h"
+
+#include <cmath>
+
+namespace kvk {
+
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return "float32";
+    case DType::bf16: return "bfloat16";
+    case DType::f16: return "float16";
+    case DType::f64: return "float64";
+    case DType::i64: return "int64";
+    case DType::i32: return "int32";
+    case DType::i16: return "int16";
+    case DType::i8: return "int8";
+    case DType::u8: return "uint8";
+    case DType::boolean: return "bool";
+    case DType::other: break;
+  }
+  return "a dtype that kvk does not know";
+}
+
+std::string device_name(Device device) {
+  switch (device.type) {
+    case DeviceType::cpu: return "cpu";
+    case DeviceType::cuda: return "cuda:" + std::to_string(device.index);
+    case DeviceType::other: break;
+  }
+  return "a device that kvk does not know";
+}
+
+std::string shape_string(const Tensor& t) {
+  std::ostringstream text;
+  for (int i = 0; i < t.ndim; ++i) text << (i ? ", " : "[") << t.shape[i];
+  text << (t.ndim == 0 ? "[]" : "]");
+  return text.str();
+}
+
+void ArgChecker::tensor(const Tensor& t, const char* name, DType dtype, std::initializer_list<Dim> dims) const {
+  if (!(t.device == device_)) {
+    fail(op_, name, " must be on ", device_name(device_), " like the other arguments, got ", device_name(t.device));
+  }
+  if (t.dtype != dtype) fail(op_, name, " must be ", dtype_name(dtype), ", got ", dtype_name(t.dtype));
+  bool match = t.ndim == static_cast<int>(dims.size());
+  int i = 0;
+  for (const Dim& dim : dims) {
+    if (match && dim.size >= 0 && t.shape[i] != dim.size) match = false;
+    ++i;
+  }
+  if (match) return;
+  std::ostringstream want;
+  const char* separator = "[";
+  for (const Dim& dim : dims) {
+    want << separator << dim.label;
+    if (dim.size >= 0) want << '=' << dim.size;
+    separator = ", ";
+  }
+  fail(op_, name, " must have shape ", want.str(), "], got ", shape_string(t));
+}
+
+void ArgChecker::cpu_only(const Tensor& t, const char* name) const {
+  if (t.device.type != DeviceType::cpu) {
+    fail(op_, name, " must be on the cpu, the only backend of this build, got ", device_name(t.device));
+  }
+}
+
+void ArgChecker::float_dtype(const Tensor& t, const char* name) const {
+  if (t.dtype != DType::f32 && t.dtype != DType::bf16 && t.dtype != DType::f16) {
+    fail(op_, name, " must be float32, bfloat16 or float16, got ", dtype_name(t.dtype));
+  }
+}
+
+void ArgChecker::last_stride_one(const Tensor& t, const char* name) const {
+  const int last = t.ndim - 1;
+  if (t.shape[last] > 1 && t.stride[last] != 1) {
+    fail(op_, name, " must have stride 1 in its last dimension, got ", t.stride[last]);
+  }
+}
+
+void ArgChecker::writable(const Tensor& t, const char* name) const {
+  for (int i = 0; i < t.ndim; ++i) {
+    if (t.shape[i] > 1 && t.stride[i] == 0) {
+      fail(op_, name, " is written and may not be expanded, got stride 0 in dimension ", i);
+    }
+  }
+}
+
+void ArgChecker::head_dim(int64_t size, const char* name, const char* label) const {
+  if (size < 32 || size > 256 || size % 8 != 0) {
+    fail(op_, name, ": head dim ", label, " must be a multiple of 8 from 32 to 256, got ", size);
+  }
+}
+
+void ArgChecker::head_ratio(int64_t num_q_heads, int64_t num_kv_heads, const char* q_name, const char* kv_name) const {
+  if (num_kv_heads < 1) fail(op_, kv_name, " must have at least one kv head, got ", num_kv_heads);
+  if (num_q_heads < 1 || num_q_heads % num_kv_heads != 0) {
+    fail(op_, q_name, ": the number of query heads must be a multiple of the ", num_kv_heads, " kv heads of ", kv_name,
+         ", got ", num_q_heads);
+  }
+}
+
+void ArgChecker::finite(double value, const char* name) const {
+  if (!std::isfinite(value)) fail(op_, name, " must be finite, got ", value);
+}
+
+}  // namespace kvk

@@ -1,0 +1,57 @@
+// Argument checks of every op, and the wording of their errors: which argument, what it must be, what came.
+#pragma once
+
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+#include "kvk/api.h"
+#include "kvk/types.h"
+
+namespace kvk {
+
+const char* dtype_name(DType dtype);
+std::string device_name(Device device);
+std::string shape_string(const Tensor& t);
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream text;
+  text << "kvk::" << op << ": ";
+  (text << ... << parts);
+  throw Error(text.str());
+}
+
+// One expected extent of a shape: a number, or anything.
+struct Dim {
+  const char* label;  // as in "[B, Hq, D]"
+  int64_t size = -1;  // -1: free
+};
+
+// Checks one op's tensors against each other. Every member throws kvk::Error.
+class ArgChecker {
+ public:
+  ArgChecker(const char* op, Device device) : op_(op), device_(device) {}
+
+  // Rank, every fixed extent, dtype and device.
+  void tensor(const Tensor& t, const char* name, DType dtype, std::initializer_list<Dim> dims) const;
+  // This build has one backend.
+  void cpu_only(const Tensor& t, const char* name) const;
+  // bf16, f16 or f32.
+  void float_dtype(const Tensor& t, const char* name) const;
+  // The vector loads run along the last dimension.
+  void last_stride_one(const Tensor& t, const char* name) const;
+  // A written tensor may not visit one element twice through a zero stride.
+  void writable(const Tensor& t, const char* name) const;
+  void head_dim(int64_t size, const char* name, const char* label) const;
+  void head_ratio(int64_t num_q_heads, int64_t num_kv_heads, const char* q_name, const char* kv_name) const;
+  void finite(double value, const char* name) const;
+
+  const char* op() const { return op_; }
+
+ private:
+  const char* op_;
+  Device device_;
+};
+
+}  // namespace kvk

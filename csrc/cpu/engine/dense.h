@@ -1,0 +1,269 @@
+// Format: dense pages of f32, bf16 or f16. A format offers two ways to its keys:
+//   stream  scores() and accumulate() multiply a few rows straight with the stored elements;
+//   panels  pack_k() and pack_v() unpack a block into fp32 for the matrix product of many rows.
+#pragma once
+
+#include <algorithm>
+
+#include "core/paged_problem.h"
+#include "cpu/engine/gemm.h"
+#include "cpu/engine/schedule.h"
+#include "cpu/simd.h"
+
+namespace kvk::cpu::KVK_LEVEL {
+
+// Walks rows of memory line by line, a few lines a step, so that fetching the next piece of the cache is spread evenly
+// over the arithmetic on the present one.
+class Prefetcher {
+ public:
+  // Rows of span bytes each, lines_per_step lines at every step.
+  Prefetcher(const void* const* rows, int count, int64_t span, int lines_per_step)
+      : row_(rows), end_(rows + count), span_(span), lines_(lines_per_step) {}
+
+  void step() {
+    for (int i = 0; i < lines_ && row_ != end_; ++i) {
+      prefetch_l2(static_cast<const char*>(*row_) + at_);
+      at_ += 64;
+      if (at_ >= span_) {
+        at_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  const void* const* row_;
+  const void* const* end_;
+  int64_t span_, at_ = 0;
+  int lines_;
+};
+
+// s[r * lds + j] = q_r . k_j for Rows rows and Keys keys; Rows * Keys is a multiple of 4.
+template <class T, int Rows, int Keys>
+inline void dot_tile(const float* q, int ldq, const T* const* keys, int64_t head, int head_dim, float* s, int lds) {
+  V acc[Rows * Keys];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows * Keys; ++i) acc[i] = 0.0f;
+  const auto step = [&](int d, auto&& load_key) __attribute__((always_inline)) {
+    V k[Keys];
+#pragma GCC unroll 16
+    for (int j = 0; j < Keys; ++j) k[j] = load_key(keys[j] + head + d);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const V x = load(q + r * ldq + d);
+#pragma GCC unroll 16
+      for (int j = 0; j < Keys; ++j) acc[r * Keys + j] += x * k[j];
+    }
+  };
+  int d = 0;
+  for (; d + W <= head_dim; d += W) step(d, [](const T* p) { return load(p); });
+  if (d < head_dim) step(d, [](const T* p) { return load_half(p); });
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows * Keys; i += 4) {
+    float sums[4];
+    sum_lanes(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], sums);
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; ++e) s[(i + e) / Keys * lds + (i + e) % Keys] = sums[e];
+  }
+}
+
+// out[r][c..c + Vecs * W) = out * scale[r] + sum over keys of p[r][j] * v_j[c..).
+template <class T, int Rows, int Vecs, bool Half>
+inline void accumulate_tile(const float* p, int ldp, const float* scale, const T* const* keys, int64_t column,
+                            int count, float* out, int ldo, Prefetcher& ahead) {
+  V acc[Rows][Vecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int e = 0; e < Vecs; ++e) acc[r][e] = load(out + r * ldo + e * W) * scale[r];
+  }
+  for (int j = 0; j < count; ++j) {
+    ahead.step();
+    V v[Vecs];
+#pragma GCC unroll 16
+    for (int e = 0; e < Vecs; ++e) v[e] = Half ? load_half(keys[j] + column) : load(keys[j] + column + e * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const V x = p[r * ldp + j];
+#pragma GCC unroll 16
+      for (int e = 0; e < Vecs; ++e) acc[r][e] += x * v[e];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int e = 0; e < Vecs; ++e) store(acc[r][e], out + r * ldo + e * W);
+  }
+}
+
+template <class T>
+class DensePages {
+ public:
+  // Where the keys of one block lie, at head 0.
+  struct Rows {
+    const T* k[kBlockKeys];
+    const T* v[kBlockKeys];
+    int count = 0;
+  };
+
+  explicit DensePages(const PagedProblem& p)
+      : k_(p.k), v_(p.v), head_dim_(p.head_dim), head_dim_v_(p.head_dim_v) {}
+
+  void locate(const KeyBlock& block, Rows& rows) const {
+    rows.count = block.count;
+    for (int i = 0; i < block.num_runs; ++i) {
+      const Run& run = block.runs[i];
+      const T* k = base(k_, run);
+      const T* v = base(v_, run);
+      for (int j = 0; j < run.count; ++j) {
+        rows.k[run.begin + j] = k + j * k_.token_stride;
+        rows.v[run.begin + j] = v + j * v_.token_stride;
+      }
+    }
+  }
+
+  // What to fetch of a located block for kv heads [begin, end): whole rows where the heads lie side by side. V is fetched
+  // by scores(), a step for each head and 8 keys; the next K by accumulate(), a step for each head, column and key.
+  Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int end) const {
+    return prefetch(rows.v, rows.count, v_, head_dim_v_, scratch, begin, end, kKeyStep * lines(head_dim_v_));
+  }
+  Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
+    const int width = (num_rows == 1 ? kVecs<1> : kVecs<4>) * W;
+    const int columns = (head_dim_v_ + width - 1) / width * ((num_rows + 3) / 4);
+    return prefetch(rows.k, rows.count, k_, head_dim_, scratch, begin, end, (lines(head_dim_) + columns - 1) / columns);
+  }
+
+  // s[r][j] = q_r . k_j for `heads` kv heads from head `begin`, num_rows rows each (q and s: [heads * num_rows, ld]).
+  // Keys outermost: NHD pools are then read in the order they lie.
+  void scores(const Rows& rows, int begin, int heads, const float* q, int ldq, int num_rows, float* s,
+              Prefetcher& ahead) const {
+    for (int j = 0; j < rows.count; j += kKeyStep) {
+      const T* keys[kKeyStep];
+      // The last step repeats its last key: its scores land in the padding of s.
+      for (int e = 0; e < kKeyStep; ++e) keys[e] = rows.k[std::min(j + e, rows.count - 1)];
+      for (int h = 0; h < heads; ++h) {
+        ahead.step();
+        const int64_t head = (begin + h) * k_.head_stride;
+        const float* qh = q + static_cast<int64_t>(h) * num_rows * ldq;
+        float* sh = s + static_cast<int64_t>(h) * num_rows * kBlockKeys + j;
+        int r = 0;
+        for (; r + 4 <= num_rows; r += 4) dot_rows<4>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys);
+        if (num_rows - r == 3) dot_rows<3>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys);
+        if (num_rows - r == 2) dot_rows<2>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys);
+        if (num_rows - r == 1) dot_rows<1>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys);
+      }
+    }
+  }
+
+  // out[r] = out[r] * scale[r] + sum over keys of p[r][j] * v_j, for one kv head.
+  void accumulate(const Rows& rows, int head, const float* p, const float* scale, int num_rows, float* out, int ldo,
+                  Prefetcher& ahead) const {
+    for (int r = 0; r < num_rows; r += 4) {
+      const float* pr = p + r * kBlockKeys;
+      float* o = out + r * ldo;
+      switch (std::min(4, num_rows - r)) {
+        case 1: accumulate_rows<1>(rows, head, pr, scale + r, o, ldo, ahead); break;
+        case 2: accumulate_rows<2>(rows, head, pr, scale + r, o, ldo, ahead); break;
+        case 3: accumulate_rows<3>(rows, head, pr, scale + r, o, ldo, ahead); break;
+        default: accumulate_rows<4>(rows, head, pr, scale + r, o, ldo, ahead); break;
+      }
+    }
+  }
+
+  bool finite_v(const Rows& rows, int head) const {
+    V nan = 0.0f;  // x * 0 is NaN for infinities and NaN, else 0
+    for (int j = 0; j < rows.count; ++j) {
+      const T* v = rows.v[j] + head * v_.head_stride;
+      int d = 0;
+      for (; d + W <= head_dim_v_; d += W) nan += load(v + d) * 0.0f;
+      if (d < head_dim_v_) nan += load_half(v + d) * 0.0f;
+    }
+    return stdx::all_of(nan == 0.0f);
+  }
+
+  float v_element(const Rows& rows, int head, int key, int d) const {
+    return to_float(rows.v[key][head * v_.head_stride + d]);
+  }
+
+  // panel[key / kPanelWidth][d][key % kPanelWidth] = k; columns past the last key repeat it.
+  void pack_k(const Rows& rows, int head, float* panels) const {
+    const int64_t stride = int64_t{head_dim_} * kPanelWidth;
+    for (int j = 0; j < rows.count; j += 8) {
+      const T* keys[8];
+      for (int e = 0; e < 8; ++e) keys[e] = rows.k[std::min(j + e, rows.count - 1)] + head * k_.head_stride;
+      float* panel = panels + j / kPanelWidth * stride + j % kPanelWidth;
+      for (int d = 0; d < head_dim_; d += 8) {
+        transpose_8x8(keys, panel + d * kPanelWidth, kPanelWidth);
+        for (const T*& key : keys) key += 8;
+      }
+    }
+  }
+
+  // panel[column / kPanelWidth][key][column % kPanelWidth] = v; columns past the head dim are 0.
+  void pack_v(const Rows& rows, int head, float* panels) const {
+    // Key by key: walking one column of all keys would meet the same cache set at each of them.
+    for (int j = 0; j < rows.count; ++j) {
+      const T* v = rows.v[j] + head * v_.head_stride;
+      float* to = panels + j * kPanelWidth;
+      int c = 0;
+      for (; c + W <= head_dim_v_; c += W) store(load(v + c), to + v_offset(c));
+      if (c < head_dim_v_) {
+        store(load_half(v + c), to + v_offset(c));
+        c += W;
+      }
+      if (c % kPanelWidth != 0) store(V(0.0f), to + v_offset(c));
+    }
+  }
+
+ private:
+  static constexpr int kKeyStep = 8;
+
+  // Register blocks: 8 accumulators hide the latency of the multiply-add; 16 where there are 32 registers.
+  template <int R>
+  static constexpr int kKeys = R == 1 ? 8 : kManyRegisters ? 4 : R == 4 ? 2 : 4;
+  template <int R>
+  static constexpr int kVecs = kManyRegisters ? 4 : R == 1 ? 4 : 2;
+
+  static int64_t v_offset(int column) { return int64_t{column / kPanelWidth} * kValuePanel + column % kPanelWidth; }
+
+  static int lines(int head_dim) { return (head_dim * static_cast<int>(sizeof(T)) + 63) / 64; }
+
+  static const T* base(const PoolView& pool, const Run& run) {
+    return static_cast<const T*>(pool.data) + run.page * pool.page_stride + run.offset * pool.token_stride;
+  }
+
+  template <int R>
+  void dot_rows(const float* q, int ldq, const T* const* keys, int64_t head, float* s) const {
+    for (int j = 0; j < kKeyStep; j += kKeys<R>) {
+      dot_tile<T, R, kKeys<R>>(q, ldq, keys + j, head, head_dim_, s + j, kBlockKeys);
+    }
+  }
+
+  template <int R>
+  void accumulate_rows(const Rows& rows, int head, const float* p, const float* scale, float* out, int ldo,
+                       Prefetcher& ahead) const {
+    const int64_t first = head * v_.head_stride;
+    int c = 0;
+    for (; c + kVecs<R> * W <= head_dim_v_; c += kVecs<R> * W) {
+      accumulate_tile<T, R, kVecs<R>, false>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo, ahead);
+    }
+    for (; c + W <= head_dim_v_; c += W) {
+      accumulate_tile<T, R, 1, false>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo, ahead);
+    }
+    if (c < head_dim_v_) {
+      accumulate_tile<T, R, 1, true>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo, ahead);
+    }
+  }
+
+  static Prefetcher prefetch(const T* const* rows, int count, const PoolView& pool, int head_dim, const void** scratch,
+                             int begin, int end, int lines_per_step) {
+    for (int j = 0; j < count; ++j) scratch[j] = rows[j] + begin * pool.head_stride;
+    const int64_t span = ((end - begin - 1) * pool.head_stride + head_dim) * int64_t{sizeof(T)};
+    return Prefetcher(scratch, count, span, lines_per_step);
+  }
+
+  PoolView k_, v_;
+  int head_dim_, head_dim_v_;
+};
+
+}  // namespace kvk::cpu::KVK_LEVEL

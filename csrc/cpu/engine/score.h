@@ -1,0 +1,84 @@
+// Score: what happens to s = scale * q.k before the softmax, in the order of docs/conventions.md: soft cap, ALiBi, key
+// bias, then the masks. A key whose score ends at -inf is not seen.
+#pragma once
+
+#include <algorithm>
+
+#include "core/paged_problem.h"
+#include "cpu/engine/schedule.h"
+#include "cpu/simd.h"
+
+namespace kvk::cpu::KVK_LEVEL {
+
+class Score {
+ public:
+  Score(const PagedProblem& problem, const Tile& tile) : p_(problem), tile_(tile) {}
+
+  // Scores of one kv head over one block, s [rows, kBlockKeys], rows ordered (token, head of the group). Fills the padding
+  // up to a whole vector with -inf.
+  void apply(const KeyBlock& block, int head, float* s) const {
+    alignas(64) float bias[kBlockKeys];
+    if (p_.key_bias != nullptr) gather_bias(block, head, bias);
+    const int vectors = (block.count + W - 1) / W;
+    for (int t = 0; t < tile_.num_tokens; ++t) {
+      const int64_t query = tile_.first_query + t;
+      // Keys [begin, end) of the block are visible to this token as far as causality and window go.
+      const int begin = p_.window_left >= 0 ? clamp(query - p_.window_left - block.first, block.count) : 0;
+      const int end = p_.causal ? clamp(query + 1 - block.first, block.count) : block.count;
+      const bool bits = p_.mask_bits != nullptr && block.first + block.count > tile_.len - tile_.mask_width;
+      for (int g = 0; g < p_.group; ++g) {
+        float* row = s + (t * p_.group + g) * kBlockKeys;
+        transform(row, vectors, block, query, head * p_.group + g, bias);
+        std::fill(row, row + std::min(begin, end), -kInf);
+        std::fill(row + end, row + vectors * W, -kInf);
+        if (bits) hide(row, block, tile_.token + t);
+      }
+    }
+  }
+
+ private:
+  static int clamp(int64_t x, int count) { return static_cast<int>(std::clamp<int64_t>(x, 0, count)); }
+
+  void gather_bias(const KeyBlock& block, int head, float* bias) const {
+    for (int i = 0; i < block.num_runs; ++i) {
+      const Run& run = block.runs[i];
+      const float* from = p_.key_bias + run.page * p_.bias_page_stride + run.offset * p_.bias_token_stride +
+                          head * p_.bias_head_stride;
+      for (int j = 0; j < run.count; ++j) bias[run.begin + j] = from[j * p_.bias_token_stride];
+    }
+    std::fill(bias + block.count, bias + kBlockKeys, 0.0f);
+  }
+
+  void transform(float* row, int vectors, const KeyBlock& block, int64_t query, int q_head, const float* bias) const {
+    const float cap = p_.logits_soft_cap;
+    if (cap > 0.0f) {
+      for (int i = 0; i < vectors; ++i) store(tanh(load(row + i * W) / cap) * cap, row + i * W);
+    }
+    if (p_.alibi_slopes != nullptr) {
+      const float slope = p_.alibi_slopes[q_head * p_.alibi_stride];
+      const V lane([](int i) { return static_cast<float>(i); });
+      for (int i = 0; i < vectors; ++i) {
+        V distance = lane + static_cast<float>(block.first + i * W - query);
+        stdx::where(distance < 0.0f, distance) = -distance;
+        store(load(row + i * W) - distance * slope, row + i * W);
+      }
+    }
+    if (p_.key_bias != nullptr) {
+      for (int i = 0; i < vectors; ++i) store(load(row + i * W) + load(bias + i * W), row + i * W);
+    }
+  }
+
+  void hide(float* row, const KeyBlock& block, int64_t token) const {
+    const uint32_t* words = p_.mask_bits + token * p_.mask_token_stride;
+    const int64_t base = tile_.len - tile_.mask_width;
+    for (int64_t j = std::max<int64_t>(0, base - block.first); j < block.count; ++j) {
+      const int64_t bit = block.first + j - base;
+      if ((words[bit / 32 * p_.mask_word_stride] >> (bit % 32) & 1) == 0) row[j] = -kInf;
+    }
+  }
+
+  const PagedProblem& p_;
+  const Tile& tile_;
+};
+
+}  // namespace kvk::cpu::KVK_LEVEL

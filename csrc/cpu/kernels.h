@@ -1,0 +1,14 @@
+// The kernels of one instruction-set level; table.cc gathers them.
+#pragma once
+
+#include "cpu/levels.h"
+
+namespace kvk::cpu::KVK_LEVEL {
+
+int64_t attention_scratch_bytes(const PagedProblem& problem, const Plan& plan);
+void attend(const PagedProblem& problem, const Plan& plan, Item item, void* scratch, const Partials& partials);
+void merge_splits(const PagedProblem& problem, const Tile& tile, const Partials& partials);
+void merge_states(const MergeStatesArgs& args, int64_t row_begin, int64_t row_end);
+void merge_states_backward(const MergeStatesBackwardArgs& args, int64_t row_begin, int64_t row_end);
+
+}  // namespace kvk::cpu::KVK_LEVEL

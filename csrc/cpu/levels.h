@@ -1,0 +1,40 @@
+// The kernels, once per instruction-set level, and the choice of a level at load time.
+//
+// Every source named in KVK_LEVEL_SOURCES (CMakeLists.txt) is compiled once per level with KVK_LEVEL set to that level's
+// namespace. All objects of a level are then linked into one whose only global symbol is its table below, so that no
+// inline function compiled for a newer machine can replace its twin of an older level.
+#pragma once
+
+#include "core/paged_problem.h"
+#include "cpu/plan.h"
+#include "kvk/paged.h"
+
+namespace kvk::cpu {
+
+// Results of single splits, merged when all splits of a tile are there: unnormalised output, running maximum and sum.
+struct Partials {
+  float* out;  // [rows, out_stride]
+  float* max;  // [rows]
+  float* sum;  // [rows]
+  int64_t out_stride;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t (*attention_scratch_bytes)(const PagedProblem& problem, const Plan& plan);
+  void (*attend)(const PagedProblem& problem, const Plan& plan, Item item, void* scratch, const Partials& partials);
+  void (*merge_splits)(const PagedProblem& problem, const Tile& tile, const Partials& partials);
+  // Rows are (token, head) pairs, token-major.
+  void (*merge_states)(const MergeStatesArgs& args, int64_t row_begin, int64_t row_end);
+  void (*merge_states_backward)(const MergeStatesBackwardArgs& args, int64_t row_begin, int64_t row_end);
+};
+
+// The level in use; chosen once.
+const Kernels& kernels();
+
+}  // namespace kvk::cpu
+
+// One per level that this build holds.
+extern "C" const kvk::cpu::Kernels kvk_cpu_kernels_base;
+extern "C" const kvk::cpu::Kernels kvk_cpu_kernels_x86_64_v3;
+extern "C" const kvk::cpu::Kernels kvk_cpu_kernels_x86_64_v4;

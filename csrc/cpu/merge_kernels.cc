@@ -1,0 +1,139 @@
+// merge_states at one instruction-set level: out = sum of w_i out_i with w_i = exp(lse_i - lse), lse = log sum exp(lse_i)
+// (FlashInfer's recursive attention, natural log). Bytes: every part once and the result; bound by memory.
+#include "cpu/kernels.h"
+
+#include <cmath>
+#include <vector>
+
+#include "cpu/simd.h"
+
+namespace kvk::cpu::KVK_LEVEL {
+namespace {
+
+// The log-sum-exp of n values; +inf counts as -inf (FlashAttention-2 writes it for an empty row). With NaN: NaN.
+float merged_lse(const float* lse, int64_t stride, int64_t n) {
+  float max = -kInf;
+  bool nan = false;
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = lse[i * stride];
+    nan |= x != x;
+    if (x < kInf && x > max) max = x;
+  }
+  if (nan) return std::numeric_limits<float>::quiet_NaN();
+  if (max == -kInf) return -kInf;
+  float sum = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    if (lse[i * stride] < kInf) sum += std::exp(lse[i * stride] - max);
+  }
+  return max + std::log(sum);
+}
+
+// A part that saw no key has no weight, and its values are not read.
+bool saw_keys(float lse) { return lse != kInf && lse != -kInf; }
+
+// dst[0..n) += w * src[0..n)
+template <class T>
+void add_scaled(const T* src, float w, int64_t n, float* dst) {
+  int64_t d = 0;
+  for (; d + W <= n; d += W) store(load(dst + d) + load(src + d) * w, dst + d);
+  if (d < n) {
+    const int rest = static_cast<int>(n - d);
+    store_partial(load_partial(dst + d, rest) + load_partial(src + d, rest) * w, dst + d, rest);
+  }
+}
+
+template <class T>
+float dot(const T* a, const float* b, int64_t n) {
+  V acc = 0.0f;
+  int64_t d = 0;
+  for (; d + W <= n; d += W) acc += load(a + d) * load(b + d);
+  if (d < n) acc += load_partial(a + d, static_cast<int>(n - d)) * load_partial(b + d, static_cast<int>(n - d));
+  float sums[4];
+  sum_lanes(acc, acc, acc, acc, sums);
+  return sums[0];
+}
+
+template <class T>
+void store_scaled(const float* src, float w, int64_t n, T* dst) {
+  int64_t d = 0;
+  for (; d + W <= n; d += W) store(load(src + d) * w, dst + d);
+  if (d < n) store_partial(load_partial(src + d, static_cast<int>(n - d)) * w, dst + d, static_cast<int>(n - d));
+}
+
+template <class T>
+void merge_rows(const MergeStatesArgs& a, int64_t begin, int64_t end) {
+  const int64_t n = a.parts.shape[0], heads = a.parts.shape[2], dim = a.parts.shape[3];
+  std::vector<float> acc(static_cast<size_t>(dim));
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t t = row / heads, h = row % heads;
+    const float* lse = a.parts_lse.ptr<const float>() + t * a.parts_lse.stride[1] + h * a.parts_lse.stride[2];
+    const T* part = a.parts.ptr<const T>() + t * a.parts.stride[1] + h * a.parts.stride[2];
+    const float merged = merged_lse(lse, a.parts_lse.stride[0], n);
+    std::fill(acc.begin(), acc.end(), merged == merged ? 0.0f : merged);
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = lse[i * a.parts_lse.stride[0]];
+      if (saw_keys(x)) add_scaled(part + i * a.parts.stride[0], std::exp(x - merged), dim, acc.data());
+    }
+    store_scaled(acc.data(), 1.0f, dim, a.out.ptr<T>() + t * a.out.stride[0] + h * a.out.stride[1]);
+    a.lse.ptr<float>()[t * a.lse.stride[0] + h * a.lse.stride[1]] = merged;
+  }
+}
+
+// grad_out_i = w_i g; grad_lse_i = w_i (<g, out_i - out> + g_lse).
+template <class T>
+void backward_rows(const MergeStatesBackwardArgs& a, int64_t begin, int64_t end) {
+  const int64_t n = a.parts.shape[0], heads = a.parts.shape[2], dim = a.parts.shape[3];
+  std::vector<float> grad(static_cast<size_t>(dim)), dots(static_cast<size_t>(n));
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t t = row / heads, h = row % heads;
+    const float* lse = a.parts_lse.ptr<const float>() + t * a.parts_lse.stride[1] + h * a.parts_lse.stride[2];
+    const T* part = a.parts.ptr<const T>() + t * a.parts.stride[1] + h * a.parts.stride[2];
+    const T* g = a.grad_out.ptr<const T>() + t * a.grad_out.stride[0] + h * a.grad_out.stride[1];
+    const float g_lse = a.grad_lse.ptr<const float>()[t * a.grad_lse.stride[0] + h * a.grad_lse.stride[1]];
+    const float merged = merged_lse(lse, a.parts_lse.stride[0], n);
+    std::fill(grad.begin(), grad.end(), 0.0f);
+    add_scaled(g, 1.0f, dim, grad.data());
+    float mean = 0.0f;  // <g, out>
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = lse[i * a.parts_lse.stride[0]];
+      if (!saw_keys(x)) continue;
+      dots[static_cast<size_t>(i)] = dot(part + i * a.parts.stride[0], grad.data(), dim);
+      mean += std::exp(x - merged) * dots[static_cast<size_t>(i)];
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = lse[i * a.parts_lse.stride[0]];
+      float* to_lse = a.grad_parts_lse.ptr<float>() + i * a.grad_parts_lse.stride[0] + t * a.grad_parts_lse.stride[1] +
+                      h * a.grad_parts_lse.stride[2];
+      T* to = a.grad_parts.ptr<T>() + i * a.grad_parts.stride[0] + t * a.grad_parts.stride[1] +
+              h * a.grad_parts.stride[2];
+      if (saw_keys(x)) {
+        const float w = std::exp(x - merged);
+        *to_lse = w * (dots[static_cast<size_t>(i)] - mean + g_lse);
+        store_scaled(grad.data(), w, dim, to);
+      } else {
+        *to_lse = 0.0f;
+        for (int64_t d = 0; d < dim; ++d) from_float(0.0f, to[d]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void merge_states(const MergeStatesArgs& args, int64_t begin, int64_t end) {
+  switch (args.parts.dtype) {
+    case DType::bf16: return merge_rows<bf16>(args, begin, end);
+    case DType::f16: return merge_rows<f16>(args, begin, end);
+    default: return merge_rows<float>(args, begin, end);
+  }
+}
+
+void merge_states_backward(const MergeStatesBackwardArgs& args, int64_t begin, int64_t end) {
+  switch (args.parts.dtype) {
+    case DType::bf16: return backward_rows<bf16>(args, begin, end);
+    case DType::f16: return backward_rows<f16>(args, begin, end);
+    default: return backward_rows<float>(args, begin, end);
+  }
+}
+
+}  // namespace kvk::cpu::KVK_LEVEL

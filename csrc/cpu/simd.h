@@ -1,0 +1,234 @@
+// Vectors of floats for the kernels: std::experimental::simd, plus what it lacks. Each function says what it does once,
+// in portable form, and has a short intrinsic form where a level has the instruction for it.
+#pragma once
+
+#include <experimental/simd>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "kvk/types.h"
+
+namespace kvk::cpu::KVK_LEVEL {
+
+namespace stdx = std::experimental;
+
+using V = stdx::native_simd<float>;
+using VU32 = stdx::rebind_simd_t<uint32_t, V>;
+using VU16 = stdx::rebind_simd_t<uint16_t, V>;
+
+inline constexpr int W = static_cast<int>(V::size());
+inline constexpr bool kManyRegisters = W == 16;  // 32 vector registers
+inline constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// Scratch rows are padded to this many floats, a multiple of every level's vectors and panels.
+inline constexpr int kPad = 32;
+constexpr int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  return __builtin_bit_cast(To, from);
+}
+
+#if defined(__AVX512F__)
+inline __m512 native(V x) { return bit_cast<__m512>(x); }
+#elif defined(__AVX2__)
+inline __m256 native(V x) { return bit_cast<__m256>(x); }
+#endif
+
+// --- 16-bit floats ---------------------------------------------------------------------------------------------------
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+#if defined(__FLT16_MANT_DIG__)
+inline float to_float(f16 x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+#endif
+
+inline void from_float(float x, float& out) { out = x; }
+inline void from_float(float x, bf16& out) {
+  const uint32_t u = std::bit_cast<uint32_t>(x);
+  // Round half to even; a NaN keeps its sign and becomes quiet.
+  out.bits = static_cast<uint16_t>(x != x ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline void from_float(float x, f16& out) { out.bits = std::bit_cast<uint16_t>(static_cast<_Float16>(x)); }
+
+// --- loads and stores of W consecutive elements ----------------------------------------------------------------------
+
+inline V load(const float* p) { return V(p, stdx::element_aligned); }
+
+inline V load(const bf16* p) {
+  const VU16 bits(&p->bits, stdx::element_aligned);
+  return bit_cast<V>(VU32(stdx::static_simd_cast<VU32>(bits) << 16));
+}
+
+inline V load(const f16* p) {
+#if defined(__AVX512F__)
+  return bit_cast<V>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return bit_cast<V>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  return V([p](int i) { return to_float(p[i]); });
+#endif
+}
+
+inline void store(V x, float* p) { x.copy_to(p, stdx::element_aligned); }
+
+inline void store(V x, bf16* p) {
+  const VU32 u = bit_cast<VU32>(x);
+  VU32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const auto nan = (u & 0x7fffffffu) > 0x7f800000u;
+  stdx::where(nan, rounded) = (u >> 16) | 0x40u;
+  stdx::static_simd_cast<VU16>(rounded).copy_to(&p->bits, stdx::element_aligned);
+}
+
+inline void store(V x, f16* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(native(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(native(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; ++i) from_float(x[i], p[i]);
+#endif
+}
+
+// The first n < W elements; the rest of the vector is 0 and the memory behind is not touched.
+template <class T>
+inline V load_partial(const T* p, int n) {
+  alignas(64) T buffer[W] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+inline void store_partial(V x, T* p, int n) {
+  alignas(64) T buffer[W];
+  store(x, buffer);
+  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Eight elements in the low half of a 16-wide vector: the end of a head dim that is an odd multiple of 8.
+#if defined(__AVX512F__)
+inline V load_half(const float* p) { return bit_cast<V>(_mm512_zextps256_ps512(_mm256_loadu_ps(p))); }
+inline V load_half(const bf16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return bit_cast<V>(_mm512_zextsi256_si512(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+}
+inline V load_half(const f16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return bit_cast<V>(_mm512_zextps256_ps512(_mm256_cvtph_ps(bits)));
+}
+#else
+template <class T>
+inline V load_half(const T* p) {
+  return load_partial(p, 8 % W);
+}
+#endif
+
+inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// --- sums across lanes -----------------------------------------------------------------------------------------------
+
+// out[i] = sum of the lanes of x_i, in an order that depends on W alone.
+inline void sum_lanes(V a, V b, V c, V d, float* out) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const auto fold = [](V x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(native(x)), _mm512_extractf32x8_ps(native(x), 1));
+  };
+#else
+  const auto fold = [](V x) { return native(x); };
+#endif
+  const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+#else
+  out[0] = stdx::reduce(a);
+  out[1] = stdx::reduce(b);
+  out[2] = stdx::reduce(c);
+  out[3] = stdx::reduce(d);
+#endif
+}
+
+// --- transposition ---------------------------------------------------------------------------------------------------
+
+// dst[i * ld + j] = rows[j][i] for i, j in [0, 8).
+template <class T>
+inline void transpose_8x8(const T* const rows[8], float* dst, int ld) {
+#if defined(__AVX2__)
+  __m256 r[8];
+  for (int j = 0; j < 8; ++j) {
+#if defined(__AVX512F__)
+    r[j] = _mm512_castps512_ps256(native(load_half(rows[j])));
+#else
+    r[j] = native(load(rows[j]));
+#endif
+  }
+  __m256 t[8];
+  for (int j = 0; j < 8; j += 2) {
+    t[j] = _mm256_unpacklo_ps(r[j], r[j + 1]);
+    t[j + 1] = _mm256_unpackhi_ps(r[j], r[j + 1]);
+  }
+  for (int j = 0; j < 8; j += 4) {
+    r[j] = _mm256_shuffle_ps(t[j], t[j + 2], 0x44);
+    r[j + 1] = _mm256_shuffle_ps(t[j], t[j + 2], 0xee);
+    r[j + 2] = _mm256_shuffle_ps(t[j + 1], t[j + 3], 0x44);
+    r[j + 3] = _mm256_shuffle_ps(t[j + 1], t[j + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(dst + i * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(dst + (i + 4) * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+#else
+  for (int j = 0; j < 8; ++j) {
+    for (int i = 0; i < 8; ++i) dst[i * ld + j] = to_float(rows[j][i]);
+  }
+#endif
+}
+
+// --- functions -------------------------------------------------------------------------------------------------------
+
+// e**x for x <= 88, to 1 ulp; 0 below -87.3 (and for -inf). NaN stays NaN.
+inline V exp(V x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2**23: adding it leaves the nearest integer in the low bits
+  const V shifted = x * 1.44269504f + kRound;
+  const V n = shifted - kRound;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const VU32 exponent = (bit_cast<VU32>(shifted) << 23) + 0x3f800000u;
+  V result = p * bit_cast<V>(exponent);
+  stdx::where(x < -87.3f, result) = 0.0f;
+  return result;
+}
+
+// tanh(x) to about 2 ulp: an odd polynomial near 0, where the quotient would cancel, and 1 - 2 / (e**2|x| + 1) beyond.
+inline V tanh(V x) {
+  const V z = x * x;
+  V small = -5.70498872745e-3f;
+  small = small * z + 2.06390887954e-2f;
+  small = small * z - 5.37397155531e-2f;
+  small = small * z + 1.33314422036e-1f;
+  small = small * z - 3.33332819422e-1f;
+  small = small * z * x + x;
+  V a = x;
+  stdx::where(x < 0.0f, a) = -x;
+  V clamped = a;
+  stdx::where(a > 10.0f, clamped) = 10.0f;
+  V large = 1.0f - 2.0f / (exp(clamped + clamped) + 1.0f);
+  stdx::where(x < 0.0f, large) = -large;
+  stdx::where(a < 0.625f, large) = small;
+  return large;
+}
+
+}  // namespace kvk::cpu::KVK_LEVEL

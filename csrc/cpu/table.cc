@@ -1,0 +1,14 @@
+// The one symbol of a level that the rest of the library sees.
+#include "cpu/kernels.h"
+
+#define KVK_CONCAT_(a, b) a##b
+#define KVK_CONCAT(a, b) KVK_CONCAT_(a, b)
+
+extern "C" const kvk::cpu::Kernels KVK_CONCAT(kvk_cpu_kernels_, KVK_LEVEL) = {
+    KVK_LEVEL_NAME,
+    kvk::cpu::KVK_LEVEL::attention_scratch_bytes,
+    kvk::cpu::KVK_LEVEL::attend,
+    kvk::cpu::KVK_LEVEL::merge_splits,
+    kvk::cpu::KVK_LEVEL::merge_states,
+    kvk::cpu::KVK_LEVEL::merge_states_backward,
+};

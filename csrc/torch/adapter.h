@@ -1,0 +1,37 @@
+// Between torch's stable ABI and the C++ face: tensors become views, torch's pool becomes kvk::Threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "kvk/threads.h"
+#include "kvk/types.h"
+
+// The torch macros stringify their argument, so a namespace that is itself a macro needs one expansion first. Another
+// KVK_NAMESPACE lets a second build live in one process.
+#ifndef KVK_NAMESPACE
+#define KVK_NAMESPACE kvk
+#endif
+#define KVK_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+#define KVK_LIBRARY_FRAGMENT(ns, m) STABLE_TORCH_LIBRARY_FRAGMENT(ns, m)
+#define KVK_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+
+namespace kvk::torch_face {
+
+using TorchTensor = torch::stable::Tensor;
+
+Tensor view(const TorchTensor& t);
+std::optional<Tensor> view(const std::optional<TorchTensor>& t);
+
+// A new contiguous tensor on the device of `like`.
+TorchTensor new_tensor(const TorchTensor& like, std::initializer_list<int64_t> shape,
+                       torch::headeronly::ScalarType dtype);
+
+// torch's own thread pool, sized by torch.set_num_threads.
+Threads& torch_threads();
+
+}  // namespace kvk::torch_face

@@ -1,0 +1,7 @@
+// Everything of the C++ face.
+#pragma once
+
+#include "kvk/api.h"
+#include "kvk/paged.h"
+#include "kvk/threads.h"
+#include "kvk/types.h"

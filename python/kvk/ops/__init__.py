@@ -1,0 +1,1 @@
+"""One module per op family: the public functions, their fakes (shapes without data) and gradients."""

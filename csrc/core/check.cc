@@ -92,14 +92,6 @@ void ArgChecker::head_dim(int64_t size, const char* name, const char* label) con
   }
 }
 
-void ArgChecker::head_ratio(int64_t num_q_heads, int64_t num_kv_heads, const char* q_name, const char* kv_name) const {
-  if (num_kv_heads < 1) fail(op_, kv_name, " must have at least one kv head, got ", num_kv_heads);
-  if (num_q_heads < 1 || num_q_heads % num_kv_heads != 0) {
-    fail(op_, q_name, ": the number of query heads must be a multiple of the ", num_kv_heads, " kv heads of ", kv_name,
-         ", got ", num_q_heads);
-  }
-}
-
 void ArgChecker::finite(double value, const char* name) const {
   if (!std::isfinite(value)) fail(op_, name, " must be finite, got ", value);
 }

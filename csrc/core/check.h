@@ -44,7 +44,6 @@ class ArgChecker {
   // A written tensor may not visit one element twice through a zero stride.
   void writable(const Tensor& t, const char* name) const;
   void head_dim(int64_t size, const char* name, const char* label) const;
-  void head_ratio(int64_t num_q_heads, int64_t num_kv_heads, const char* q_name, const char* kv_name) const;
   void finite(double value, const char* name) const;
 
   const char* op() const { return op_; }

@@ -1,8 +1,8 @@
 // Checks of the paged ops, and their way to a backend.
 #include "kvk/paged.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstdlib>
 
 #include "core/check.h"
 #include "core/paged_problem.h"
@@ -10,6 +10,8 @@
 
 namespace kvk {
 namespace {
+
+constexpr int64_t kMaxLen = int64_t{1} << 31;  // lengths are int32
 
 struct PoolShape {
   int64_t num_pages, page_size, num_kv_heads, head_dim, head_dim_v;
@@ -25,6 +27,7 @@ PoolShape check_pools(const ArgChecker& check, const Tensor& k_pages, const Tens
   check.head_dim(pool.head_dim_v, "v_pages", "Dv");
   check.last_stride_one(k_pages, "k_pages");
   check.last_stride_one(v_pages, "v_pages");
+  if (pool.num_kv_heads < 1) fail(check.op(), "k_pages must have at least one kv head, got ", pool.num_kv_heads);
   if (pool.page_size < 1) fail(check.op(), "k_pages: the page size must be at least 1, got ", pool.page_size);
   return pool;
 }
@@ -131,7 +134,7 @@ void check_score(const ArgChecker& check, const ScoreOptions& score, int64_t num
   }
   problem.softmax_scale = static_cast<float>(scale);
   problem.logits_soft_cap = static_cast<float>(score.logits_soft_cap);
-  problem.window_left = score.window_left;
+  problem.window_left = std::min(score.window_left, kMaxLen);  // no request is longer; sums with it cannot overflow
   if (score.alibi_slopes) {
     check.tensor(*score.alibi_slopes, "alibi_slopes", DType::f32, {{"Hq", num_q_heads}});
     problem.alibi_slopes = score.alibi_slopes->ptr<const float>();
@@ -167,7 +170,10 @@ PagedProblem check_attention(const ArgChecker& check, const PagedDecodeArgs& arg
   const int64_t num_tokens = args.q.shape[0], num_q_heads = args.q.shape[1];
   check.tensor(args.q, "q", dtype, {{rows}, {"Hq"}, {"D", pool.head_dim}});
   check.last_stride_one(args.q, "q");
-  check.head_ratio(num_q_heads, pool.num_kv_heads, "q", "k_pages");
+  if (num_q_heads < 1 || num_q_heads % pool.num_kv_heads != 0) {
+    fail(check.op(), "q: the number of query heads must be a multiple of the ", pool.num_kv_heads,
+         " kv heads of k_pages, got ", num_q_heads);
+  }
   check.tensor(args.out, "out", dtype, {{rows, num_tokens}, {"Hq", num_q_heads}, {"Dv", pool.head_dim_v}});
   check.last_stride_one(args.out, "out");
   check.writable(args.out, "out");

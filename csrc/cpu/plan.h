@@ -14,8 +14,9 @@
 namespace kvk::cpu {
 
 // A tile of at most this many query rows per kv head goes row by row straight over the stored keys (memory-bound
-// decode); a taller one unpacks keys into fp32 panels first (arithmetic-bound prefill).
-inline constexpr int kMaxStreamRows = 8;
+// decode); a taller one unpacks keys into fp32 panels first (arithmetic-bound prefill). Measured over 8k keys, 4 query heads
+// a kv head, AVX2: 20 rows take 8.9 ms and 10.1, 24 rows 10.5 and 9.8.
+inline constexpr int kMaxStreamRows = 20;
 // Rows of a panel tile: a multiple of every level's register block (4, 6 and 12 rows).
 inline constexpr int kPanelRows = 120;
 inline constexpr int kBlockKeys = 64;          // most keys of one block

@@ -10,23 +10,28 @@
 namespace kvk::cpu::KVK_LEVEL {
 namespace {
 
-// The log-sum-exp of n values; +inf counts as -inf (FlashAttention-2 writes it for an empty row). With NaN: NaN.
-float merged_lse(const float* lse, int64_t stride, int64_t n) {
-  float max = -kInf;
-  bool nan = false;
-  for (int64_t i = 0; i < n; ++i) {
-    const float x = lse[i * stride];
-    nan |= x != x;
-    if (x < kInf && x > max) max = x;
+// max and sum of exp(lse_i - max) over n parts, from which come the weights exp(lse_i - max) / sum: exact however far
+// from 0 the lse are, where exp(lse_i - lse) would feel the rounding of lse. +inf counts as -inf (FlashAttention-2 writes
+// it for an empty row). With a NaN among the lse both are NaN.
+struct Normaliser {
+  float max = -kInf, sum = 0.0f;
+
+  Normaliser(const float* lse, int64_t stride, int64_t n) {
+    bool nan = false;
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = lse[i * stride];
+      nan |= x != x;
+      if (x < kInf && x > max) max = x;
+    }
+    if (nan) max = std::numeric_limits<float>::quiet_NaN();
+    if (max == -kInf) return;
+    for (int64_t i = 0; i < n; ++i) {
+      if (lse[i * stride] != kInf) sum += std::exp(lse[i * stride] - max);
+    }
   }
-  if (nan) return std::numeric_limits<float>::quiet_NaN();
-  if (max == -kInf) return -kInf;
-  float sum = 0.0f;
-  for (int64_t i = 0; i < n; ++i) {
-    if (lse[i * stride] < kInf) sum += std::exp(lse[i * stride] - max);
-  }
-  return max + std::log(sum);
-}
+  float weight(float lse) const { return std::exp(lse - max) / sum; }
+  float merged() const { return max == -kInf ? -kInf : max + std::log(sum); }
+};
 
 // A part that saw no key has no weight, and its values are not read.
 bool saw_keys(float lse) { return lse != kInf && lse != -kInf; }
@@ -68,14 +73,14 @@ void merge_rows(const MergeStatesArgs& a, int64_t begin, int64_t end) {
     const int64_t t = row / heads, h = row % heads;
     const float* lse = a.parts_lse.ptr<const float>() + t * a.parts_lse.stride[1] + h * a.parts_lse.stride[2];
     const T* part = a.parts.ptr<const T>() + t * a.parts.stride[1] + h * a.parts.stride[2];
-    const float merged = merged_lse(lse, a.parts_lse.stride[0], n);
-    std::fill(acc.begin(), acc.end(), merged == merged ? 0.0f : merged);
+    const Normaliser normaliser(lse, a.parts_lse.stride[0], n);
+    std::fill(acc.begin(), acc.end(), normaliser.max == normaliser.max ? 0.0f : normaliser.max);
     for (int64_t i = 0; i < n; ++i) {
       const float x = lse[i * a.parts_lse.stride[0]];
-      if (saw_keys(x)) add_scaled(part + i * a.parts.stride[0], std::exp(x - merged), dim, acc.data());
+      if (saw_keys(x)) add_scaled(part + i * a.parts.stride[0], normaliser.weight(x), dim, acc.data());
     }
     store_scaled(acc.data(), 1.0f, dim, a.out.ptr<T>() + t * a.out.stride[0] + h * a.out.stride[1]);
-    a.lse.ptr<float>()[t * a.lse.stride[0] + h * a.lse.stride[1]] = merged;
+    a.lse.ptr<float>()[t * a.lse.stride[0] + h * a.lse.stride[1]] = normaliser.merged();
   }
 }
 
@@ -90,7 +95,7 @@ void backward_rows(const MergeStatesBackwardArgs& a, int64_t begin, int64_t end)
     const T* part = a.parts.ptr<const T>() + t * a.parts.stride[1] + h * a.parts.stride[2];
     const T* g = a.grad_out.ptr<const T>() + t * a.grad_out.stride[0] + h * a.grad_out.stride[1];
     const float g_lse = a.grad_lse.ptr<const float>()[t * a.grad_lse.stride[0] + h * a.grad_lse.stride[1]];
-    const float merged = merged_lse(lse, a.parts_lse.stride[0], n);
+    const Normaliser normaliser(lse, a.parts_lse.stride[0], n);
     std::fill(grad.begin(), grad.end(), 0.0f);
     add_scaled(g, 1.0f, dim, grad.data());
     float mean = 0.0f;  // <g, out>
@@ -98,7 +103,7 @@ void backward_rows(const MergeStatesBackwardArgs& a, int64_t begin, int64_t end)
       const float x = lse[i * a.parts_lse.stride[0]];
       if (!saw_keys(x)) continue;
       dots[static_cast<size_t>(i)] = dot(part + i * a.parts.stride[0], grad.data(), dim);
-      mean += std::exp(x - merged) * dots[static_cast<size_t>(i)];
+      mean += normaliser.weight(x) * dots[static_cast<size_t>(i)];
     }
     for (int64_t i = 0; i < n; ++i) {
       const float x = lse[i * a.parts_lse.stride[0]];
@@ -107,7 +112,7 @@ void backward_rows(const MergeStatesBackwardArgs& a, int64_t begin, int64_t end)
       T* to = a.grad_parts.ptr<T>() + i * a.grad_parts.stride[0] + t * a.grad_parts.stride[1] +
               h * a.grad_parts.stride[2];
       if (saw_keys(x)) {
-        const float w = std::exp(x - merged);
+        const float w = normaliser.weight(x);
         *to_lse = w * (dots[static_cast<size_t>(i)] - mean + g_lse);
         store_scaled(grad.data(), w, dim, to);
       } else {

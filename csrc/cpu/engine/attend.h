@@ -176,22 +176,20 @@ class Attention {
     PageListSchedule keys = schedule(kBlockKeys);
     KeyBlock block;
     typename Format::Rows rows;
-    const int64_t k_stride = int64_t{p_.head_dim} * kPanelWidth;
     const int v_panels = (p_.head_dim_v + kPanelWidth - 1) / kPanelWidth;
     while (keys.next(block)) {
       format_.locate(block, rows);
       format_.pack_k(rows, head, scratch_.k_panels);
-      multiply_panels<false>(scratch_.q, scratch_.ldq, scratch_.rows, scratch_.k_panels,
-                             (block.count + kPanelWidth - 1) / kPanelWidth, k_stride, p_.head_dim, scratch_.s,
-                             kBlockKeys, nullptr);
+      multiply_scores(scratch_.q, scratch_.ldq, scratch_.rows, scratch_.k_panels,
+                      (block.count + kPanelWidth - 1) / kPanelWidth, p_.head_dim, scratch_.s, kBlockKeys);
       const bool hidden = weigh(block, head, 0);
       if (hidden && !format_.finite_v(rows, head)) {
         accumulate_seen(rows, head, 0);
         continue;
       }
       format_.pack_v(rows, head, scratch_.v_panels);
-      multiply_panels<true>(scratch_.s, kBlockKeys, scratch_.rows, scratch_.v_panels, v_panels, kValuePanel, block.count,
-                            scratch_.out, scratch_.ldo, scratch_.scale);
+      multiply_values(scratch_.s, scratch_.rows, scratch_.v_panels, v_panels, block.count, scratch_.out, scratch_.ldo,
+                      scratch_.scale);
     }
   }
 

@@ -43,7 +43,7 @@ inline float softmax_update(float* s, int vectors, SoftmaxRow& row, int& unseen)
     const V x = load(s + i * W);
     V weight = exp(x - max);
     const auto hidden = x == -kInf;
-    stdx::where(hidden, weight) = -0.0f;
+    stdx::where(hidden, weight) = V(-0.0f);  // assigning the scalar would lose the sign (libstdc++ masks with and-not)
     unseen += stdx::popcount(hidden);
     total += weight;
     store(weight, s + i * W);

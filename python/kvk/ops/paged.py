@@ -196,6 +196,16 @@ def _both(op: str, out: Tensor | None, lse: Tensor | None, prefix: str = "") -> 
     return out, lse
 
 
+def _check_devices(op: str, first: str, **tensors: Any) -> None:
+    """One meta tensor among real ones routes the call here, past the kernels' own checks."""
+    device = tensors[first].device
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise RuntimeError(
+                f"kvk::{op}: {name} must be on {device} like the other arguments, got {tensor.device}"
+            )
+
+
 def _attention_fake(q: Tensor, v_pages: Tensor) -> tuple[Tensor, Tensor]:
     out = q.new_empty((q.shape[0], q.shape[1], v_pages.shape[3]))
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
@@ -203,41 +213,49 @@ def _attention_fake(q: Tensor, v_pages: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("kvk::paged_decode")
 def _(q, k_pages, v_pages, page_indices, kv_lens, **options):
+    _check_devices("paged_decode", "q", q=q, k_pages=k_pages, v_pages=v_pages, page_indices=page_indices,
+                   kv_lens=kv_lens, **options)  # fmt: skip
     return _attention_fake(q, v_pages)
 
 
 @torch.library.register_fake("kvk::paged_prefill")
 def _(q, qo_indptr, k_pages, v_pages, page_indices, kv_lens, **options):
+    _check_devices("paged_prefill", "q", q=q, qo_indptr=qo_indptr, k_pages=k_pages, v_pages=v_pages,
+                   page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
     return _attention_fake(q, v_pages)
 
 
 @torch.library.register_fake("kvk::paged_decode.out")
 def _(q, k_pages, v_pages, page_indices, kv_lens, **options):
-    return None
+    _check_devices("paged_decode", "q", q=q, k_pages=k_pages, v_pages=v_pages, page_indices=page_indices,
+                   kv_lens=kv_lens, **options)  # fmt: skip
 
 
 @torch.library.register_fake("kvk::paged_prefill.out")
 def _(q, qo_indptr, k_pages, v_pages, page_indices, kv_lens, **options):
-    return None
+    _check_devices("paged_prefill", "q", q=q, qo_indptr=qo_indptr, k_pages=k_pages, v_pages=v_pages,
+                   page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
 
 
 @torch.library.register_fake("kvk::append_kv")
 def _(k, v, k_pages, v_pages, slot_mapping):
-    return None
+    _check_devices("append_kv", "k", k=k, v=v, k_pages=k_pages, v_pages=v_pages, slot_mapping=slot_mapping)
 
 
 @torch.library.register_fake("kvk::merge_states")
 def _(out, lse):
+    _check_devices("merge_states", "out", out=out, lse=lse)
     return out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:], dtype=torch.float32)
 
 
 @torch.library.register_fake("kvk::merge_states.out")
 def _(out, lse, *, merged_out, merged_lse):
-    return None
+    _check_devices("merge_states", "out", out=out, lse=lse, merged_out=merged_out, merged_lse=merged_lse)
 
 
 @torch.library.register_fake("kvk::merge_states_backward")
 def _(grad_out, grad_lse, out, lse):
+    _check_devices("merge_states_backward", "out", grad_out=grad_out, grad_lse=grad_lse, out=out, lse=lse)
     return out.new_empty(out.shape), lse.new_empty(lse.shape, dtype=torch.float32)
 
 

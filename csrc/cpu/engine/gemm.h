@@ -25,17 +25,8 @@ inline void multiply_block(const float* a, int lda, const float* panel, int dept
   V acc[kBlockRows][2];
 #pragma GCC unroll 16
   for (int r = 0; r < kBlockRows; ++r) {
-    if constexpr (kInto == Into::kSet) {
-      acc[r][0] = 0.0f;
-      acc[r][1] = 0.0f;
-    } else {
-      acc[r][0] = load(c + r * ldc);
-      acc[r][1] = load(c + r * ldc + W);
-    }
-    if constexpr (kInto == Into::kScaleAdd) {
-      acc[r][0] *= scale[r];
-      acc[r][1] *= scale[r];
-    }
+    acc[r][0] = 0.0f;
+    acc[r][1] = 0.0f;
   }
   for (int i = 0; i < depth; ++i) {
     const V b0 = load(panel + i * kPanelWidth);
@@ -47,10 +38,16 @@ inline void multiply_block(const float* a, int lda, const float* panel, int dept
       acc[r][1] += x * b1;
     }
   }
+  // C joins at the end: started with, it would stretch the chain of roundings over all pieces.
 #pragma GCC unroll 16
   for (int r = 0; r < kBlockRows; ++r) {
-    store(acc[r][0], c + r * ldc);
-    store(acc[r][1], c + r * ldc + W);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      float* to = c + r * ldc + half * W;
+      if constexpr (kInto == Into::kAdd) acc[r][half] += load(to);
+      if constexpr (kInto == Into::kScaleAdd) acc[r][half] += load(to) * scale[r];
+      store(acc[r][half], to);
+    }
   }
 }
 

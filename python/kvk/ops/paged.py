@@ -202,7 +202,7 @@ def _check_devices(op: str, first: str, **tensors: Any) -> None:
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.device != device:
             raise RuntimeError(
-                f"kvk::{op}: {name} must be on {device} like the other arguments, got {tensor.device}"
+                f"kvk::{op}: {name} must be on {device} like {first}, got {tensor.device}"
             )
 
 

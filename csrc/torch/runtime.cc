@@ -1,0 +1,118 @@
+// torch.ops.kvk._*: what Python asks of the CUDA runtime (kvk/cuda.py): what was found, compiling ahead, loading ahead.
+#include <cstdio>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cuda/compiler.h"
+#include "cuda/driver.h"
+#include "cuda/driver_launcher.h"
+#include "cuda/nvrtc.h"
+#include "cuda/sources.h"
+#include "torch/adapter.h"
+#include "torch/cuda_stream.h"
+
+namespace kvk::torch_face {
+namespace {
+
+std::string quoted(const std::string& text) {
+  std::string json = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') {
+      json += '\\';
+      json += c;
+    } else if (static_cast<unsigned char>(c) < 0x20) {
+      char escape[8];
+      std::snprintf(escape, sizeof escape, "\\u%04x", static_cast<unsigned>(c));
+      json += escape;
+    } else {
+      json += c;
+    }
+  }
+  return json + "\"";
+}
+
+std::string driver_json() {
+  std::ostringstream json;
+  try {
+    const cuda::Driver& driver = cuda::driver();
+    json << "{\"cuda\": " << quoted(cuda::version_text(driver.version)) << ", \"devices\": [";
+    const char* separator = "";
+    for (const cuda::DeviceDescription& device : cuda::list_devices()) {
+      const int arch = device.properties.arch;
+      json << separator << "{\"name\": " << quoted(device.name) << ", \"capability\": \"" << arch / 10 << '.' << arch % 10
+           << "\", \"arch\": " << (arch >= 80 ? quoted(cuda::arch_name(arch)) : "null")
+           << ", \"num_sms\": " << device.properties.num_sms
+           << ", \"max_shared_per_block\": " << device.properties.max_shared_per_block << "}";
+      separator = ", ";
+    }
+    json << "]}";
+  } catch (const Error& error) {
+    return "{\"error\": " + quoted(error.what()) + "}";
+  }
+  return json.str();
+}
+
+std::string nvrtc_json() {
+  try {
+    const cuda::Nvrtc& nvrtc = cuda::nvrtc();
+    return "{\"version\": " + quoted(nvrtc.version()) + ", \"path\": " + quoted(nvrtc.path) + "}";
+  } catch (const Error& error) {
+    return "{\"error\": " + quoted(error.what()) + "}";
+  }
+}
+
+// JSON; kvk.cuda.info() describes it.
+std::string runtime_info() {
+  return "{\"driver\": " + driver_json() + ", \"nvrtc\": " + nvrtc_json() +
+         ", \"torch_cuda\": " + (find_current_cuda_stream() != nullptr ? "true" : "false") +
+         ", \"cache\": " + quoted(cuda::cache_folder()) +
+         ", \"device_sources\": " + quoted(cuda::device_sources()->digest) + "}";
+}
+
+void set_nvrtc_candidates(std::vector<std::string> paths) { cuda::set_nvrtc_candidates(std::move(paths)); }
+
+void set_shipped_cubins(std::string folder) { cuda::set_shipped_cubins(folder); }
+
+// Into the cache; or, if `folder` is not empty, into that folder, as cubins to ship. JSON; kvk.cuda.compile_kernel
+// describes it.
+std::string compile_kernel(std::string header, std::string expression, std::string arch, std::string folder) {
+  const cuda::Kernel kernel{header.c_str(), expression};
+  const cuda::Compiled compiled =
+      folder.empty() ? cuda::get_cubin(kernel, arch) : cuda::ship_cubin(kernel, arch, folder);
+  const cuda::Resources used = cuda::resources(compiled.cubin->log);
+  std::ostringstream json;
+  json << "{\"origin\": " << quoted(cuda::origin_name(compiled.origin)) << ", \"key\": " << quoted(compiled.key)
+       << ", \"seconds\": " << compiled.seconds << ", \"cubin_bytes\": " << compiled.cubin->image.size()
+       << ", \"lowered_name\": " << quoted(compiled.cubin->lowered_name) << ", \"registers\": " << used.registers
+       << ", \"stack_bytes\": " << used.stack_bytes << ", \"spill_store_bytes\": " << used.spill_store_bytes
+       << ", \"spill_load_bytes\": " << used.spill_load_bytes << ", \"shared_bytes\": " << used.shared_bytes
+       << ", \"log\": " << quoted(compiled.cubin->log) << "}";
+  return json.str();
+}
+
+// Compiles if need be and loads onto the card, so that a CUDA graph can capture the kernel's first launch.
+void load_kernel(std::string header, std::string expression, int64_t device) {
+  const int index = static_cast<int>(device);
+  cuda::DriverLauncher(index, current_cuda_stream(index)).load({header.c_str(), expression});
+}
+
+}  // namespace
+
+KVK_LIBRARY_FRAGMENT(KVK_NAMESPACE, m) {
+  m.def("_runtime_info() -> str");
+  m.def("_set_nvrtc_candidates(str[] paths) -> ()");
+  m.def("_set_shipped_cubins(str folder) -> ()");
+  m.def("_compile_kernel(str header, str expression, str arch, str folder) -> str");
+  m.def("_load_kernel(str header, str expression, int device) -> ()");
+}
+
+KVK_LIBRARY_IMPL(KVK_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("_runtime_info", TORCH_BOX(&runtime_info));
+  m.impl("_set_nvrtc_candidates", TORCH_BOX(&set_nvrtc_candidates));
+  m.impl("_set_shipped_cubins", TORCH_BOX(&set_shipped_cubins));
+  m.impl("_compile_kernel", TORCH_BOX(&compile_kernel));
+  m.impl("_load_kernel", TORCH_BOX(&load_kernel));
+}
+
+}  // namespace kvk::torch_face

@@ -17,7 +17,7 @@ namespace kvk::cpu::KVK_LEVEL {
 // A worker's memory for one item, carved from one aligned buffer.
 struct Scratch {
   int ldq, ldo, rows;
-  float* q;                 // [rows, ldq] fp32, times the softmax scale
+  float* q;                 // [rows, ldq] fp32
   float* out;               // [rows, ldo] running output
   float* s;                 // [rows, kBlockKeys] scores, then weights
   float* scale;             // [rows] factor of the running output in this block
@@ -107,8 +107,8 @@ class Attention {
                        (int64_t{h} * p_.group + g) * p_.q.head_stride;
           float* to = scratch_.q + r * scratch_.ldq;
           int d = 0;
-          for (; d + W <= p_.head_dim; d += W) store(load(q + d) * p_.softmax_scale, to + d);
-          if (d < p_.head_dim) store(load_half(q + d) * p_.softmax_scale, to + d);
+          for (; d + W <= p_.head_dim; d += W) store(load(q + d), to + d);
+          if (d < p_.head_dim) store(load_half(q + d), to + d);
         }
       }
     }

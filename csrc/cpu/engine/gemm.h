@@ -51,11 +51,11 @@ inline void multiply_block(const float* a, int lda, const float* panel, int dept
   }
 }
 
-// s[r][0..panels * kPanelWidth) = A[r] . panel, over head_dim. Summed 32 products at a time: one long chain of adds would
-// lose more than a matrix library does (error of a score at head dim 128: 1.2e-6 rms, in pieces 6.7e-7).
+// s[r][0..panels * kPanelWidth) = A[r] . panel, over head_dim. Summed 16 products at a time: one long chain of adds would
+// lose more than a matrix library does (error of a score at head dim 128: 1.2e-6 rms, in pieces 5.6e-7).
 inline void multiply_scores(const float* a, int lda, int rows, const float* b, int panels, int head_dim, float* s,
                             int lds) {
-  constexpr int kPiece = 32;
+  constexpr int kPiece = 16;
   for (int p = 0; p < panels; ++p) {
     const float* panel = b + int64_t{p} * head_dim * kPanelWidth;
     for (int r = 0; r < rows; r += kBlockRows) {

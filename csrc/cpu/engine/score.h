@@ -14,7 +14,7 @@ class Score {
  public:
   Score(const PagedProblem& problem, const Tile& tile) : p_(problem), tile_(tile) {}
 
-  // Scores of one kv head over one block, s [rows, kBlockKeys], rows ordered (token, head of the group). Fills the padding
+  // q.k of one kv head over one block, s [rows, kBlockKeys], to scores; rows ordered (token, head of the group). Fills the padding
   // up to a whole vector with -inf.
   void apply(const KeyBlock& block, int head, float* s) const {
     alignas(64) float bias[kBlockKeys];
@@ -50,6 +50,8 @@ class Score {
   }
 
   void transform(float* row, int vectors, const KeyBlock& block, int64_t query, int q_head, const float* bias) const {
+    // The finished product is scaled, once: a scaled query would round every one of its elements.
+    for (int i = 0; i < vectors; ++i) store(load(row + i * W) * p_.softmax_scale, row + i * W);
     const float cap = p_.logits_soft_cap;
     if (cap > 0.0f) {
       for (int i = 0; i < vectors; ++i) store(tanh(load(row + i * W) / cap) * cap, row + i * W);

@@ -1,4 +1,5 @@
-# kvk_add_levels(TARGET SOURCES OUT): compiles SOURCES once per instruction-set level and puts the objects' paths in OUT.
+# kvk_add_levels(TARGET SOURCES OUT): compiles SOURCES once per instruction-set level; puts the objects' paths in OUT and
+# the levels' names, lowest first, in OUT_NAMES.
 #
 # A level's objects are linked into one (`ld -r`), COMDAT groups dissolved, and every symbol but the level's table made
 # local: an inline function compiled for AVX-512 can then never be the copy that an older machine runs.
@@ -23,8 +24,8 @@ function(kvk_add_levels target sources out)
       set(${name}_name ${level})
       set(${name}_flags -march=${level})
       if(level STREQUAL "x86-64-v4")
-        # GCC 12 warns inside its own AVX-512 intrinsics (GCC bug 105593).
-        list(APPEND ${name}_flags -mprefer-vector-width=512 -Wno-maybe-uninitialized)
+        # GCC 12 warns inside its own AVX-512 intrinsics (GCC bug 105593), with sanitizers more so.
+        list(APPEND ${name}_flags -mprefer-vector-width=512 -Wno-maybe-uninitialized -Wno-uninitialized)
       endif()
       string(TOUPPER ${name} upper)
       target_compile_definitions(${target} PRIVATE KVK_HAVE_${upper})
@@ -35,14 +36,18 @@ function(kvk_add_levels target sources out)
   endif()
 
   set(objects)
+  set(names)
   foreach(level IN LISTS levels)
+    list(APPEND names ${${level}_name})
     set(library kvk_level_${level})
     add_library(${library} OBJECT ${sources})
     target_link_libraries(${library} PRIVATE kvk_options)
     target_compile_definitions(${library} PRIVATE KVK_LEVEL=${level} KVK_LEVEL_NAME="${${level}_name}")
     target_compile_options(${library} PRIVATE ${${level}_flags} -fno-math-errno -fno-trapping-math)
     if(KVK_SANITIZE)
-      list(APPEND objects $<TARGET_OBJECTS:${library}>)  # a test build, run on the machine that made it
+      # The sanitizers' own records do not survive localising. So such a build is for this machine and holds one level
+      # beside the base (`make sanitize`): inline functions may merge here, and the machine has both.
+      list(APPEND objects $<TARGET_OBJECTS:${library}>)
       continue()
     endif()
     set(object ${CMAKE_CURRENT_BINARY_DIR}/${library}.o)
@@ -55,4 +60,5 @@ function(kvk_add_levels target sources out)
     list(APPEND objects ${object})
   endforeach()
   set(${out} ${objects} PARENT_SCOPE)
+  set(${out}_NAMES ${names} PARENT_SCOPE)
 endfunction()

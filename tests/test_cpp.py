@@ -1,0 +1,160 @@
+"""The C++ face: its tests at every instruction-set level, natively and on emulated older CPUs; what the objects of a
+level may hold; the CMake package; the headers."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from building import ROOT, cmake_build, lock, run, tool
+
+LEVELS = ["x86-64-v2", "x86-64-v3", "x86-64-v4"]
+PROGRAMS = ["errors", "merge", "paged", "sweep", "threads"]
+HEADERS = sorted(path.name for path in (ROOT / "include" / "kvk").glob("*.h"))
+COMPILERS = [compiler for compiler in ("g++", "clang++") if shutil.which(compiler)]
+
+# Instructions that came with AVX or later. Those with a v in front are encoded with VEX or EVEX, bar a few that system
+# code alone has; the others are BMI, LZCNT and MOVBE. tzcnt is left out: older machines run it as bsf, and GCC knows.
+NEWER = re.compile(
+    r"%[yz]mm|\s(v(?!err\b|erw\b|mcall\b|mfunc\b)[a-z0-9]+|andn|bextr|bls(i|r|msk)|bzhi|mulx|pdep|pext|rorx|sarx|shlx"
+    r"|shrx|lzcnt|movbe|k(and|or|xor|mov|test|shift|unpck)[a-z]*)\s"
+)
+
+x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="the levels are those of x86-64")
+
+
+@pytest.fixture(scope="session")
+def build() -> Path:
+    """The C++ tests and both libraries, built in build/cpp-tests."""
+    folder = ROOT / "build" / "cpp-tests"
+    include = Path(torch.__file__).parent / "include"
+    with lock("cpp-tests"):
+        cmake_build(ROOT, folder, "-DKVK_BUILD_TESTS=ON", f"-DKVK_TORCH_INCLUDE={include}")
+    return folder
+
+
+def program(build: Path, name: str) -> Path:
+    return build / "tests" / "cpp" / name
+
+
+def native_levels(build: Path) -> list[str]:
+    """The levels this machine has: what the error for a wrong one lists."""
+    done = run([program(build, "kvk_test_errors")], env={"KVK_CPU_LEVEL": "none"}, check=False)
+    assert done.returncode == 2
+    assert "KVK_CPU_LEVEL asks for 'none'; this build has on this machine: " in done.stderr
+    return done.stderr.strip().split("machine: ")[1].split(", ")
+
+
+@x86_only
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_native(build: Path, level: str, name: str) -> None:
+    if level not in native_levels(build):
+        pytest.skip(f"this machine has no {level}")
+    done = run([program(build, f"kvk_test_{name}")], env={"KVK_CPU_LEVEL": level})
+    assert f"level={level}\n" in done.stdout
+    assert " failures=0\n" in done.stdout
+
+
+@x86_only
+def test_best_level_is_the_default(build: Path) -> None:
+    best = native_levels(build)[0]
+    assert native_levels(build) == [level for level in reversed(LEVELS) if level <= best]
+    assert f"level={best}\n" in run([program(build, "kvk_test_errors")]).stdout
+
+
+def emulated(cpu: str, command: list[str | Path], *, check: bool = True) -> tuple[int, str]:
+    """(status, output) of a command on an emulated CPU; a signal gives its negative number."""
+    qemu = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+    if qemu is None:
+        pytest.skip(
+            "no emulator: install Debian's qemu-user (apt install qemu-user) to test the lower levels"
+        )
+    done = run([qemu, "-cpu", cpu, *command], check=check)
+    return done.returncode, done.stdout
+
+
+@x86_only
+def test_emulated_older_cpu_is_older(build: Path) -> None:
+    """The emulator refuses AVX2 on a Nehalem, so the next test means something."""
+    status, _ = emulated("Nehalem", [program(build, "kvk_avx2_probe")], check=False)
+    assert status in (-signal.SIGILL, 128 + signal.SIGILL)
+
+
+@x86_only
+@pytest.mark.parametrize(
+    "arguments", [["errors"], ["merge"], ["paged", "quick"]], ids=lambda arguments: arguments[0]
+)
+@pytest.mark.parametrize(("cpu", "level"), [("Nehalem", "x86-64-v2"), ("Haswell", "x86-64-v3")])
+def test_emulated(build: Path, cpu: str, level: str, arguments: list[str]) -> None:
+    if level == "x86-64-v3":
+        status, _ = emulated(cpu, [program(build, "kvk_avx2_probe")], check=False)
+        if status != 0:
+            pytest.skip("this qemu does not emulate AVX2; 7.2 and later do")
+    _, output = emulated(cpu, [program(build, f"kvk_test_{arguments[0]}"), *arguments[1:]])
+    assert f"level={level}\n" in output
+    assert " failures=0\n" in output
+
+
+def newer_instructions(objects: list[Path]) -> list[str]:
+    """The disassembled lines with an instruction or a register of AVX or later."""
+    text = run([tool("objdump"), "-d", "--no-show-raw-insn", *objects]).stdout
+    assert text.count("<") > 100, "nothing was disassembled"
+    return [line for line in text.splitlines() if NEWER.search(line + " ") and line.startswith(" ")]
+
+
+@x86_only
+def test_no_newer_instruction_outside_its_level(build: Path) -> None:
+    """The base level's object, and all code that runs before a level is chosen, keep to x86-64-v2."""
+    objects = [build / "kvk_level_base.o"]
+    for target in ("kvk_objects", "kvk_torch"):
+        objects += sorted((build / "CMakeFiles" / f"{target}.dir").rglob("*.o"))
+    assert len(objects) > 8
+    assert newer_instructions(objects) == []
+
+
+@x86_only
+def test_newer_levels_use_what_they_may(build: Path) -> None:
+    """The check above would see it: AVX2's registers in v3, AVX-512's in v4."""
+    v3 = newer_instructions([build / "kvk_level_x86_64_v3.o"])
+    v4 = newer_instructions([build / "kvk_level_x86_64_v4.o"])
+    assert any("%ymm" in line for line in v3) and not any("%zmm" in line for line in v3)
+    assert any("%zmm" in line for line in v4)
+
+
+@x86_only
+@pytest.mark.parametrize("level", ["base", "x86_64_v3", "x86_64_v4"])
+def test_a_level_shows_its_table_alone(build: Path, level: str) -> None:
+    """No inline function of a level is visible to the linker, which could merge it with another level's."""
+    symbols = run(
+        [tool("nm"), "--extern-only", "--defined-only", build / f"kvk_level_{level}.o"]
+    ).stdout.split()
+    assert symbols[2::3] == [f"kvk_cpu_kernels_{level}"]
+
+
+def test_cmake_package(build: Path, tmp_path: Path) -> None:
+    """examples/cpp finds the installed package, compiles without a warning and runs."""
+    prefix = tmp_path / "prefix"
+    run([tool("cmake"), "--install", build, "--component", "cpp", "--prefix", prefix])
+    assert not list(prefix.rglob("libtorch*")) and not list(prefix.rglob("libkvk.so"))
+    flags = "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"
+    cmake_build(ROOT / "examples" / "cpp", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}", flags)
+    output = run([tmp_path / "build" / "decode"]).stdout
+    # Three keys of equal score sqrt(32): the mean of their values, and sqrt(32) + log 3.
+    assert re.fullmatch(r"kvk \d+\.\d+\.\d+, \S+: out 0\.5, lse 6\.7555\n", output)
+    needed = run([tool("readelf"), "-d", tmp_path / "build" / "decode"]).stdout
+    assert "libkvk_core.so.0" in needed and "torch" not in needed
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("header", HEADERS)
+def test_header_compiles_alone(header: str, compiler: str, tmp_path: Path) -> None:
+    source = tmp_path / "alone.cc"
+    source.write_text(f'#include "kvk/{header}"\n#include "kvk/{header}"\nint main() {{}}\n')
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"]
+    run([compiler, *flags, "-I", ROOT / "include", source])

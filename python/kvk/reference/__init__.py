@@ -1,0 +1,19 @@
+"""Readable references: what every op computes, in plain torch.
+
+Each function takes the arguments of the op of the same name (without `out` and `lse`) and one more,
+`compute_dtype`. With the default, float64, it is the truth that kernels are measured against; with the dtype
+of the inputs it is the same computation as plain torch does it in that dtype, the yardstick of the error
+rule. Written to be read, not to be fast, and meant for the CPU.
+"""
+
+from kvk.reference.merge import merge_states
+from kvk.reference.paged import append_kv, gather_request, paged_decode, paged_prefill, unpack_mask_bits
+
+__all__ = [
+    "append_kv",
+    "gather_request",
+    "merge_states",
+    "paged_decode",
+    "paged_prefill",
+    "unpack_mask_bits",
+]

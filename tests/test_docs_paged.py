@@ -1,0 +1,26 @@
+"""The examples in the documentation run, and their assertions hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+EXAMPLES = [
+    pytest.param(code, id=f"{name}-{number}")
+    for name in ("conventions", "page-tables")
+    for number, code in enumerate(
+        re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)
+    )
+]
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) == 4
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example_runs(code):
+    exec(compile(code, "example", "exec"), {})

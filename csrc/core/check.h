@@ -47,6 +47,7 @@ class ArgChecker {
   void finite(double value, const char* name) const;
 
   const char* op() const { return op_; }
+  Device device() const { return device_; }
 
  private:
   const char* op_;

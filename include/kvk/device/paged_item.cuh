@@ -1,0 +1,101 @@
+// What decode and prefill share: the keys and query rows of a block's work, where each key lies, what each row sees.
+#pragma once
+
+#include "kvk/device/paged_problem.h"
+#include "kvk/device/ptx.h"
+#include "kvk/device/score.cuh"
+#include "kvk/device/types.h"
+
+namespace kvk::device {
+
+// Where one key of a tile lies.
+struct KeyPlace {
+  int64_t k = 0, v = 0;  // element offsets of its row
+  float bias = 0.0f;
+  bool visible = false;  // a hidden key is not read: zeros stand in for it
+};
+
+// The work of one block: keys [begin, end) of a request, one kv head, and some of its query rows. Rows are ordered (token,
+// head of the group).
+template <uint32_t kParts>
+struct PagedItem {
+  int32_t request, kv_head;
+  int32_t first_row, rows;         // rows [first_row, first_row + rows) of the request
+  int32_t num_tokens;
+  int32_t len, begin, end;         // keys of the request; keys [begin, end) of this split
+  int64_t token;                   // first row of q of the request
+  const int32_t* pages;
+
+  KVK_DEVICE int32_t token_of(const PagedProblem& p, int row) const { return (first_row + row) / p.group; }
+  KVK_DEVICE int64_t head_of(const PagedProblem& p, int row) const {
+    return int64_t{kv_head} * p.group + (first_row + row) % p.group;
+  }
+
+  KVK_DEVICE KeyPlace place(const PagedProblem& p, int32_t key) const {
+    KeyPlace place;
+    if (key < begin || key >= end) return place;
+    const uint32_t page_size = static_cast<uint32_t>(p.page_size);
+    const uint32_t index = static_cast<uint32_t>(key) / page_size;
+    const int64_t slot = static_cast<uint32_t>(key) - index * page_size;
+    const int64_t page = pages[index * p.list.index_stride];
+    place.visible = true;
+    if constexpr (kParts & kKeyBias) {
+      place.bias = p.key_bias[page * p.bias_page_stride + slot * p.bias_token_stride + kv_head * p.bias_head_stride];
+      place.visible = place.bias != -kInfinity;
+    }
+    place.k = page * p.k.page_stride + slot * p.k.token_stride + kv_head * p.k.head_stride;
+    place.v = page * p.v.page_stride + slot * p.v.token_stride + kv_head * p.v.head_stride;
+    return place;
+  }
+};
+
+// What one query row sees.
+template <uint32_t kParts>
+struct RowMask {
+  int32_t query = 0, low = 0, high = 0;  // the query's position; keys [low, high) as far as causality and window go
+  int32_t bits_from = 0;                 // first key of the mask bits
+  const uint32_t* bits = nullptr;
+  float slope = 0.0f;
+
+  RowMask() = default;
+  KVK_DEVICE RowMask(const PagedProblem& p, const PagedItem<kParts>& item, int row) {
+    const int32_t token = item.token_of(p, row);
+    query = item.len - item.num_tokens + token;
+    low = p.window_left >= 0 && query > p.window_left ? static_cast<int32_t>(query - p.window_left) : 0;
+    high = p.causal ? query + 1 : item.len;
+    if constexpr (kParts & kAlibi) slope = p.alibi_slopes[item.head_of(p, row) * p.alibi_stride];
+    if constexpr (kParts & kMaskBits) {
+      bits = p.mask_bits + (item.token + token) * p.mask_token_stride;
+      bits_from = static_cast<int32_t>(item.len - (p.mask_width >= 0 ? p.mask_width : item.num_tokens));
+    }
+  }
+
+  KVK_DEVICE int32_t distance(int32_t key) const { return query > key ? query - key : key - query; }
+
+  KVK_DEVICE bool sees(const PagedProblem& p, int32_t key) const {
+    if (key < low || key >= high) return false;
+    if constexpr (kParts & kMaskBits) {
+      const int32_t bit = key - bits_from;
+      if (bit >= 0) return bits[bit / 32 * p.mask_word_stride] >> (bit % 32) & 1;
+    }
+    return true;
+  }
+};
+
+// Whether a warp finds neither NaN nor infinities in `rows` rows of 16-bit elements in shared memory.
+template <int kColumns, int kPitch, class T>
+KVK_DEVICE bool tile_is_finite(const T* tile, int rows, int lane) {
+  constexpr uint32_t kExponent = kSameType<T, bf16> ? 0x7f80u : 0x7c00u;
+  constexpr int kChunks = kColumns / 8;
+  bool bad = false;
+  for (int i = lane; i < rows * kChunks; i += 32) {
+    const Words<4> words = load_words<4>(tile + i / kChunks * kPitch + i % kChunks * 8);
+    KVK_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      bad |= (words.w[w] & kExponent) == kExponent || (words.w[w] >> 16 & kExponent) == kExponent;
+    }
+  }
+  return !__any_sync(0xffffffffu, bad);
+}
+
+}  // namespace kvk::device

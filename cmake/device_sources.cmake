@@ -9,8 +9,9 @@ if(NOT CMAKE_SCRIPT_MODE_FILE)
     file(GLOB_RECURSE files CONFIGURE_DEPENDS
       ${PROJECT_SOURCE_DIR}/include/kvk/device/*.h ${PROJECT_SOURCE_DIR}/include/kvk/device/*.cuh)
     set(generated ${CMAKE_CURRENT_BINARY_DIR}/device_sources.cc)
+    string(MD5 list "${files}")  # part of the command, so that a file that goes away is noticed
     add_custom_command(OUTPUT ${generated}
-      COMMAND ${CMAKE_COMMAND} -DINCLUDE=${PROJECT_SOURCE_DIR}/include -DOUTPUT=${generated}
+      COMMAND ${CMAKE_COMMAND} -DINCLUDE=${PROJECT_SOURCE_DIR}/include -DOUTPUT=${generated} -DLIST=${list}
         -P ${KVK_DEVICE_SOURCES_SCRIPT}
       DEPENDS ${files} ${KVK_DEVICE_SOURCES_SCRIPT} VERBATIM COMMENT "Embedding the device sources")
     set(${out} ${generated} PARENT_SCOPE)

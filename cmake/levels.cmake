@@ -11,6 +11,7 @@ function(kvk_add_levels target sources out)
     set(base_name "x86-64-v2")
     set(base_flags -march=x86-64-v2)
     set(wanted ${KVK_CPU_LEVELS})
+    separate_arguments(wanted)
     if(wanted STREQUAL "auto")
       set(wanted x86-64-v3 x86-64-v4)
     endif()
@@ -45,8 +46,8 @@ function(kvk_add_levels target sources out)
     target_compile_definitions(${library} PRIVATE KVK_LEVEL=${level} KVK_LEVEL_NAME="${${level}_name}")
     target_compile_options(${library} PRIVATE ${${level}_flags} -fno-math-errno -fno-trapping-math)
     if(KVK_SANITIZE)
-      # The sanitizers' own records do not survive localising. So such a build is for this machine and holds one level
-      # beside the base (`make sanitize`): inline functions may merge here, and the machine has both.
+      # The sanitizers' records do not survive localising. So here inline functions of the standard library may merge
+      # across levels, which is no harm as long as the machine has every level of the build: `make sanitize` sees to it.
       list(APPEND objects $<TARGET_OBJECTS:${library}>)
       continue()
     endif()

@@ -153,33 +153,26 @@ def test_last_stride(op, name):
 
 # Shapes that do not fit together: (op, argument, shape, arguments that may be named).
 def wrong_shapes():
+    for op in (*ATTENTION, "append_kv"):
+        for name, dim in (("k_pages", D), ("v_pages", DV)):
+            for shape in ((N + 1, P, HKV, dim), (N, P + 1, HKV, dim), (N, P, HKV + 1, dim)):
+                yield op, name, shape, ["k_pages", "v_pages"]
     for op in ATTENTION:
         rows = args_rows(op)
-        yield op, "q", (rows, HQ, D + 8), ["q", "k_pages"]
-        yield op, "q", (rows, HQ + 1, D), ["q", "k_pages"]
-        yield op, "q", (rows, 1, D), ["q", "k_pages"]
-        yield op, "k_pages", (N + 1, P, HKV, D), ["k_pages", "v_pages"]
-        yield op, "k_pages", (N, P + 1, HKV, D), ["k_pages", "v_pages"]
-        yield op, "k_pages", (N, P, HKV + 1, D), ["k_pages", "v_pages"]
+        for shape in ((rows, HQ, D + 8), (rows, HQ + 1, D), (rows, 1, D)):
+            yield op, "q", shape, ["q", "k_pages"]
         yield op, "k_pages", (N, P, HKV, D + 8), ["q", "k_pages"]
-        yield op, "v_pages", (N + 1, P, HKV, DV), ["k_pages", "v_pages"]
-        yield op, "v_pages", (N, P + 1, HKV, DV), ["k_pages", "v_pages"]
-        yield op, "v_pages", (N, P, HKV + 1, DV), ["k_pages", "v_pages"]
-        yield op, "page_indices", (B + 1, 3), ["page_indices"]
-        yield op, "page_indices", (B, HKV + 1, 3), ["page_indices"]
-        yield op, "page_indices", (B + 1, HKV, 3), ["page_indices"]
-        yield op, "kv_lens", (B + 1,), ["kv_lens"]
-        yield op, "kv_lens", (B, HKV + 1), ["kv_lens"]
-        yield op, "kv_lens", (B + 1, HKV), ["kv_lens"]
-        yield op, "alibi_slopes", (HQ + 1,), ["alibi_slopes"]
-        yield op, "alibi_slopes", (HKV,), ["alibi_slopes"]
-        yield op, "sinks", (HQ + 1,), ["sinks"]
-        yield op, "key_bias", (N + 1, P), ["key_bias"]
-        yield op, "key_bias", (N, P + 1), ["key_bias"]
-        yield op, "key_bias", (N, P, HKV + 1), ["key_bias"]
-        yield op, "page_indptr", (B,), ["page_indptr"]
-        yield op, "page_indptr", (B + 2,), ["page_indptr"]
-        yield op, "page_indptr", (B * HKV,), ["page_indptr"]
+        for shape in ((B + 1, 3), (B, HKV + 1, 3), (B + 1, HKV, 3)):
+            yield op, "page_indices", shape, ["page_indices"]
+        for shape in ((B + 1,), (B, HKV + 1), (B + 1, HKV)):
+            yield op, "kv_lens", shape, ["kv_lens"]
+        for shape in ((HQ + 1,), (HKV,)):
+            yield op, "alibi_slopes", shape, ["alibi_slopes"]
+            yield op, "sinks", shape, ["sinks"]
+        for shape in ((N + 1, P), (N, P + 1), (N, P, HKV + 1)):
+            yield op, "key_bias", shape, ["key_bias"]
+        for size in (B, B + 2, B * HKV):
+            yield op, "page_indptr", (size,), ["page_indptr"]
     yield "paged_decode", "q", (B + 1, HQ, D), ["q", "page_indices", "kv_lens", "out"]
     yield "paged_prefill", "qo_indptr", (B + 2,), ["qo_indptr", "page_indices", "kv_lens"]
     yield "paged_prefill", "qo_indptr", (0,), ["qo_indptr"]
@@ -188,9 +181,6 @@ def wrong_shapes():
         yield "append_kv", name, (T + 1, HKV, dim), ["k", "v", "slot_mapping"]
         yield "append_kv", name, (T, HKV + 1, dim), ["k", "v"]
         yield "append_kv", name, (T, HKV, dim + 8), [name]
-    yield "append_kv", "k_pages", (N + 1, P, HKV, D), ["k_pages", "v_pages"]
-    yield "append_kv", "k_pages", (N, P + 1, HKV, D), ["k_pages", "v_pages"]
-    yield "append_kv", "v_pages", (N, P, HKV + 1, DV), ["k_pages", "v_pages"]
     yield "append_kv", "slot_mapping", (T + 1,), ["slot_mapping"]
     for shape in ((4, T, HQ), (3, T + 1, HQ), (3, T, HQ + 1)):
         yield "merge_states", "lse", shape, ["lse"]

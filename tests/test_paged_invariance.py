@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import kvk
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kvk_testing import assert_bit_equal, assert_error_rule
+from kvk_testing import assert_bit_equal, assert_error_rule, threads
 from paged_cases import LAYOUTS, PagedCase, make_case
 from paged_strategies import DTYPES, case_params
 
@@ -21,16 +20,6 @@ OPTIONS = {
     "plain": {},
     "all": {"window_left": 400, "logits_soft_cap": 20.0, "alibi": True, "sinks": True, "key_bias": "head"},
 }
-
-
-@contextmanager
-def threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def same_bits(got, want, rows=slice(None)):

@@ -1,6 +1,7 @@
 #include "core/check.h"
 
 #include <cmath>
+#include <cstdint>
 
 namespace kvk {
 
@@ -59,9 +60,14 @@ void ArgChecker::tensor(const Tensor& t, const char* name, DType dtype, std::ini
   fail(op_, name, " must have shape ", want.str(), "], got ", shape_string(t));
 }
 
-void ArgChecker::cpu_only(const Tensor& t, const char* name) const {
-  if (t.device.type != DeviceType::cpu) {
-    fail(op_, name, " must be on the cpu, the only backend of this build, got ", device_name(t.device));
+void ArgChecker::aligned_rows(const Tensor& t, const char* name) const {
+  if (device_.type != DeviceType::cuda) return;
+  const int64_t size = element_size(t.dtype);
+  if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0) fail(op_, name, " must start on a multiple of 16 bytes on a card");
+  for (int i = 0; i + 1 < t.ndim; ++i) {
+    if (t.shape[i] > 1 && t.stride[i] * size % 16 != 0) {
+      fail(op_, name, " must have strides of whole 16 bytes on a card, got ", t.stride[i], " elements in dimension ", i);
+    }
   }
 }
 

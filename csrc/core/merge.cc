@@ -1,6 +1,7 @@
 // Checks of merge_states and its gradient, and their way to a backend.
-#include "core/check.h"
+#include "core/backend.h"
 #include "cpu/backend.h"
+#include "cuda/backend.h"
 #include "kvk/paged.h"
 
 namespace kvk {
@@ -16,9 +17,8 @@ void check_parts(const ArgChecker& check, const Tensor& parts, const char* parts
 
 }  // namespace
 
-void merge_states(const MergeStatesArgs& args, Threads& threads) {
+void merge_states(const MergeStatesArgs& args, const Context& context) {
   const ArgChecker check("merge_states", args.parts.device);
-  check.cpu_only(args.parts, "out");
   check_parts(check, args.parts, "out", args.parts_lse, "lse");
   const int64_t T = args.parts.shape[1], H = args.parts.shape[2], D = args.parts.shape[3];
   check.tensor(args.out, "merged out", args.parts.dtype, {{"T", T}, {"H", H}, {"D", D}});
@@ -26,12 +26,13 @@ void merge_states(const MergeStatesArgs& args, Threads& threads) {
   check.writable(args.out, "merged out");
   check.tensor(args.lse, "merged lse", DType::f32, {{"T", T}, {"H", H}});
   check.writable(args.lse, "merged lse");
-  cpu::merge_states(args, threads);
+  by_device(
+      check.op(), args.parts, "out", [&] { cpu::merge_states(args, threads_of(context)); },
+      [&] { cuda::merge_states(args, context); });
 }
 
-void merge_states_backward(const MergeStatesBackwardArgs& args, Threads& threads) {
+void merge_states_backward(const MergeStatesBackwardArgs& args, const Context& context) {
   const ArgChecker check("merge_states_backward", args.parts.device);
-  check.cpu_only(args.parts, "out");
   check_parts(check, args.parts, "out", args.parts_lse, "lse");
   const int64_t n = args.parts.shape[0], T = args.parts.shape[1], H = args.parts.shape[2], D = args.parts.shape[3];
   check.tensor(args.grad_out, "grad_out", args.parts.dtype, {{"T", T}, {"H", H}, {"D", D}});
@@ -42,7 +43,9 @@ void merge_states_backward(const MergeStatesBackwardArgs& args, Threads& threads
   check.writable(args.grad_parts, "grad of out");
   check.tensor(args.grad_parts_lse, "grad of lse", DType::f32, {{"n", n}, {"T", T}, {"H", H}});
   check.writable(args.grad_parts_lse, "grad of lse");
-  cpu::merge_states_backward(args, threads);
+  by_device(
+      check.op(), args.parts, "out", [&] { cpu::merge_states_backward(args, threads_of(context)); },
+      [&] { cuda::merge_states_backward(args, context); });
 }
 
 }  // namespace kvk

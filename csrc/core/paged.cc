@@ -1,26 +1,36 @@
 // The paged ops: checks, then the backend.
 #include "kvk/paged.h"
 
-#include "core/check.h"
+#include "core/backend.h"
 #include "core/paged_check.h"
 #include "cpu/backend.h"
+#include "cuda/backend.h"
 
 namespace kvk {
+namespace {
 
-void paged_decode(const PagedDecodeArgs& args, Threads& threads) {
-  ArgChecker("paged_decode", args.q.device).cpu_only(args.q, "q");
-  cpu::paged_attention(check_paged_decode(args), threads);
+void run_attention(const char* op, const PagedProblem& problem, const Tensor& q, const Tensor& page_indices,
+                   const Context& context) {
+  by_device(
+      op, q, "q", [&] { cpu::paged_attention(problem, threads_of(context)); },
+      [&] { cuda::paged_attention(op, problem, page_indices.shape[page_indices.ndim - 1], q.device, context); });
 }
 
-void paged_prefill(const PagedPrefillArgs& args, Threads& threads) {
-  ArgChecker("paged_prefill", args.q.device).cpu_only(args.q, "q");
-  cpu::paged_attention(check_paged_prefill(args), threads);
+}  // namespace
+
+void paged_decode(const PagedDecodeArgs& args, const Context& context) {
+  run_attention("paged_decode", check_paged_decode(args), args.q, args.table.page_indices, context);
 }
 
-void append_kv(const AppendKvArgs& args, Threads& threads) {
-  ArgChecker("append_kv", args.k.device).cpu_only(args.k, "k");
+void paged_prefill(const PagedPrefillArgs& args, const Context& context) {
+  run_attention("paged_prefill", check_paged_prefill(args), args.q, args.table.page_indices, context);
+}
+
+void append_kv(const AppendKvArgs& args, const Context& context) {
   check_append_kv(args);
-  cpu::append_kv(args, threads);
+  by_device(
+      "append_kv", args.k, "k", [&] { cpu::append_kv(args, threads_of(context)); },
+      [&] { cuda::append_kv(args, context); });
 }
 
 }  // namespace kvk

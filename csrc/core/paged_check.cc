@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "core/check.h"
 
@@ -171,6 +172,12 @@ PagedProblem check_attention(const ArgChecker& check, const PagedDecodeArgs& arg
   const int64_t num_tokens = args.q.shape[0], num_q_heads = args.q.shape[1];
   check.tensor(args.q, "q", dtype, {{rows}, {"Hq"}, {"D", pool.head_dim}});
   check.last_stride_one(args.q, "q");
+  for (const auto& [tensor, name] : {std::pair{&args.q, "q"}, {&args.k_pages, "k_pages"}, {&args.v_pages, "v_pages"}}) {
+    check.aligned_rows(*tensor, name);
+  }
+  if (check.device().type == DeviceType::cuda && dtype == DType::f32) {
+    fail(check.op(), "q must be bfloat16 or float16 on a card, got float32");
+  }
   if (num_q_heads < 1 || num_q_heads % pool.num_kv_heads != 0) {
     fail(check.op(), "q: the number of query heads must be a multiple of the ", pool.num_kv_heads,
          " kv heads of k_pages, got ", num_q_heads);

@@ -1,6 +1,6 @@
 // Launch code of paged attention on CUDA: which kernel instantiation, which grid, how much memory for partial results.
 // The host knows no lengths: they are on the card, and the kernels find their work there.
-#include "cuda/paged.h"
+#include "cuda/launch.h"
 
 #include <algorithm>
 #include <sstream>
@@ -29,7 +29,7 @@ uint32_t score_parts(const PagedProblem& p) {
 template <class... Args>
 std::string instance(const char* name, DType dtype, Args... args) {
   std::ostringstream text;
-  text << "kvk::device::" << name << "<kvk::device::" << (dtype == DType::bf16 ? "bf16" : "f16");
+  text << "kvk::device::" << name << "<" << kernel_type(dtype);
   ((text << ", " << args), ...);
   text << ">";
   return text.str();
@@ -40,12 +40,6 @@ std::string decode_kernel(DType dtype, int head_dim, int head_dim_v, int halves,
 }
 std::string prefill_kernel(DType dtype, int head_dim, int head_dim_v, uint32_t parts) {
   return "kvk::device::paged_prefill_kernel<" + instance("PagedPrefillConfig", dtype, head_dim, head_dim_v, parts) + ">";
-}
-
-template <class Params>
-void launch(Launcher& launcher, const char* header, const std::string& expression, Dim3 grid, uint32_t threads,
-            size_t shared_bytes, const Params& params) {
-  launcher.launch({header, expression}, grid, {threads, 1, 1}, shared_bytes, &params, sizeof params);
 }
 
 // Streamed requests: those of few rows per kv head, split over blocks.
@@ -75,10 +69,10 @@ void launch_streamed(const PagedProblem& p, int64_t list_entries, Launcher& laun
   const int64_t pairs = int64_t{p.num_requests} * p.num_kv_heads * params.row_tiles;
   const int64_t wanted = device::ceil_div<int64_t>(8 * int64_t{launcher.properties().num_sms}, pairs);
   const uint32_t slots = static_cast<uint32_t>(std::clamp<int64_t>(wanted, 1, params.split_slots));
-  launch(launcher, kDecodeHeader, decode_kernel(p.dtype, p.head_dim, p.head_dim_v, halves, score_parts(p)),
+  launch(launcher, {kDecodeHeader, decode_kernel(p.dtype, p.head_dim, p.head_dim_v, halves, score_parts(p))},
          {static_cast<uint32_t>(pairs), slots, 1}, PagedDecodeShape::kThreads, shape.shared_bytes(), params);
   if (params.split_slots > 1) {
-    launch(launcher, kDecodeHeader, instance("merge_splits_kernel", p.dtype, p.head_dim_v),
+    launch(launcher, {kDecodeHeader, instance("merge_splits_kernel", p.dtype, p.head_dim_v)},
            {static_cast<uint32_t>(device::ceil_div<int64_t>(rows, 4)), 1, 1}, 128, 0, params);
   }
 }
@@ -90,30 +84,43 @@ void launch_tiled(const PagedProblem& p, Launcher& launcher) {
   const PagedPrefillShape shape(p.head_dim, p.head_dim_v);
   // Every request may leave its last tile unfilled.
   const int64_t tiles = device::ceil_div<int64_t>(p.num_tokens * p.group, shape.rows) + p.num_requests;
-  launch(launcher, kPrefillHeader, prefill_kernel(p.dtype, p.head_dim, p.head_dim_v, score_parts(p)),
+  launch(launcher, {kPrefillHeader, prefill_kernel(p.dtype, p.head_dim, p.head_dim_v, score_parts(p))},
          {static_cast<uint32_t>(tiles), static_cast<uint32_t>(p.num_kv_heads), 1}, PagedPrefillShape::kThreads,
          shape.shared_bytes(), params);
   const int64_t rows = p.num_tokens * p.num_kv_heads * p.group;
-  launch(launcher, kPrefillHeader, instance("clear_unowned_kernel", p.dtype, p.head_dim_v),
+  launch(launcher, {kPrefillHeader, instance("clear_unowned_kernel", p.dtype, p.head_dim_v)},
          {static_cast<uint32_t>(device::ceil_div<int64_t>(rows, 4)), 1, 1}, 128, 0, params);
 }
 
 }  // namespace
 
-void paged_attention(const PagedProblem& problem, int64_t list_entries, Launcher& launcher, Workspace& workspace) {
+void launch_paged_attention(const PagedProblem& problem, int64_t list_entries, Launcher& launcher,
+                            Workspace& workspace) {
   if (problem.num_tokens == 0) return;
   if (problem.num_requests > 0) launch_streamed(problem, list_entries, launcher, workspace);
   if (problem.qo_indptr != nullptr) launch_tiled(problem, launcher);
 }
 
-std::vector<std::pair<std::string, std::string>> paged_kernels(DType dtype, int head_dim, int head_dim_v, int group,
-                                                               uint32_t parts) {
-  std::vector<std::pair<std::string, std::string>> kernels;
-  kernels.emplace_back(kDecodeHeader, decode_kernel(dtype, head_dim, head_dim_v, group <= 8 ? 1 : 2, parts));
-  kernels.emplace_back(kDecodeHeader, decode_kernel(dtype, head_dim, head_dim_v, 2, parts));
-  kernels.emplace_back(kDecodeHeader, instance("merge_splits_kernel", dtype, head_dim_v));
-  kernels.emplace_back(kPrefillHeader, prefill_kernel(dtype, head_dim, head_dim_v, parts));
-  kernels.emplace_back(kPrefillHeader, instance("clear_unowned_kernel", dtype, head_dim_v));
+std::string kernel_type(DType dtype) {
+  return dtype == DType::bf16 ? "kvk::device::bf16" : dtype == DType::f16 ? "kvk::device::f16" : "float";
+}
+
+std::vector<Kernel> default_kernels() {
+  std::vector<Kernel> kernels;
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    for (const int head_dim : {64, 128, 256}) {
+      for (const int halves : {1, 2}) kernels.push_back({kDecodeHeader, decode_kernel(dtype, head_dim, head_dim, halves, 0)});
+      kernels.push_back({kDecodeHeader, instance("merge_splits_kernel", dtype, head_dim)});
+      kernels.push_back({kPrefillHeader, prefill_kernel(dtype, head_dim, head_dim, 0)});
+      kernels.push_back({kPrefillHeader, instance("clear_unowned_kernel", dtype, head_dim)});
+    }
+  }
+  kernels.push_back({"kvk/device/append_kv.cuh", "kvk::device::append_kv_kernel<2>"});
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
+    for (const char* name : {"merge_states_kernel", "merge_states_backward_kernel"}) {
+      kernels.push_back({"kvk/device/merge_states.cuh", instance(name, dtype)});
+    }
+  }
   return kernels;
 }
 

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "torch/cuda_stream.h"
 
 namespace kvk::torch_face {
 namespace {
@@ -64,9 +65,16 @@ TorchTensor new_tensor(const TorchTensor& like, std::initializer_list<int64_t> s
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-Threads& torch_threads() {
+TorchContext::TorchContext(const TorchTensor& like) : like_(like) {
   static TorchThreads threads;
-  return threads;
+  context_.threads = &threads;
+  context_.allocator = this;
+  if (like.is_cuda()) context_.cuda_stream = current_cuda_stream(like.get_device_index());
+}
+
+void* TorchContext::allocate(Device, int64_t bytes) {
+  memory_.push_back(new_tensor(like_, {bytes}, torch::headeronly::ScalarType::Byte));
+  return memory_.back().mutable_data_ptr();
 }
 
 }  // namespace kvk::torch_face

@@ -7,8 +7,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <vector>
 
-#include "kvk/threads.h"
+#include "kvk/context.h"
 #include "kvk/types.h"
 
 // The torch macros stringify their argument, so a namespace that is itself a macro needs one expansion first. Another
@@ -31,7 +32,18 @@ std::optional<Tensor> view(const std::optional<TorchTensor>& t);
 TorchTensor new_tensor(const TorchTensor& like, std::initializer_list<int64_t> shape,
                        torch::headeronly::ScalarType dtype);
 
-// torch's own thread pool, sized by torch.set_num_threads.
-Threads& torch_threads();
+// torch's threads, torch's current stream, memory from torch's allocator: lives as long as the call.
+class TorchContext final : public Allocator {
+ public:
+  // like: any tensor of the call, for its device.
+  explicit TorchContext(const TorchTensor& like);
+  operator const Context&() const { return context_; }
+  void* allocate(Device device, int64_t bytes) override;
+
+ private:
+  const TorchTensor& like_;
+  Context context_;
+  std::vector<TorchTensor> memory_;  // torch's caching allocator hands it out again in stream order
+};
 
 }  // namespace kvk::torch_face

@@ -29,7 +29,7 @@ void paged_decode_out(TorchTensor q, TorchTensor k_pages, TorchTensor v_pages, T
   paged_decode({view(q), view(k_pages), view(v_pages), {view(page_indices), view(page_indptr), view(kv_lens)},
                 score_options(softmax_scale, window_left, logits_soft_cap, alibi_slopes, sinks, key_bias), view(out),
                 view(lse)},
-               torch_threads());
+               TorchContext(q));
 }
 
 std::tuple<TorchTensor, TorchTensor> paged_decode_new(
@@ -54,7 +54,7 @@ void paged_prefill_out(TorchTensor q, TorchTensor qo_indptr, TorchTensor k_pages
                  {view(page_indices), view(page_indptr), view(kv_lens)},
                  score_options(softmax_scale, window_left, logits_soft_cap, alibi_slopes, sinks, key_bias), causal,
                  view(mask_bits), mask_width, view(out), view(lse)},
-                torch_threads());
+                TorchContext(q));
 }
 
 std::tuple<TorchTensor, TorchTensor> paged_prefill_new(
@@ -72,11 +72,11 @@ std::tuple<TorchTensor, TorchTensor> paged_prefill_new(
 }
 
 void append(TorchTensor k, TorchTensor v, TorchTensor k_pages, TorchTensor v_pages, TorchTensor slot_mapping) {
-  append_kv({view(k), view(v), view(k_pages), view(v_pages), view(slot_mapping)}, torch_threads());
+  append_kv({view(k), view(v), view(k_pages), view(v_pages), view(slot_mapping)}, TorchContext(k));
 }
 
 void merge_states_out(TorchTensor parts, TorchTensor parts_lse, TorchTensor merged_out, TorchTensor merged_lse) {
-  merge_states({view(parts), view(parts_lse), view(merged_out), view(merged_lse)}, torch_threads());
+  merge_states({view(parts), view(parts_lse), view(merged_out), view(merged_lse)}, TorchContext(parts));
 }
 
 std::tuple<TorchTensor, TorchTensor> merge_states_new(TorchTensor parts, TorchTensor parts_lse) {
@@ -95,7 +95,7 @@ std::tuple<TorchTensor, TorchTensor> merge_states_grad(TorchTensor grad_out, Tor
   TorchTensor grad_parts_lse = new_tensor(parts, {parts.size(0), parts.size(1), parts.size(2)}, ScalarType::Float);
   merge_states_backward({view(grad_out), view(grad_lse), view(parts), view(parts_lse), view(grad_parts),
                          view(grad_parts_lse)},
-                        torch_threads());
+                        TorchContext(parts));
   return {grad_parts, grad_parts_lse};
 }
 
@@ -123,15 +123,18 @@ KVK_LIBRARY(KVK_NAMESPACE, m) {
   m.def("merge_states_backward(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse) -> (Tensor grad, Tensor grad_of_lse)");
 }
 
-KVK_LIBRARY_IMPL(KVK_NAMESPACE, CPU, m) {
-  m.impl("paged_decode", TORCH_BOX(&paged_decode_new));
-  m.impl("paged_decode.out", TORCH_BOX(&paged_decode_out));
-  m.impl("paged_prefill", TORCH_BOX(&paged_prefill_new));
-  m.impl("paged_prefill.out", TORCH_BOX(&paged_prefill_out));
-  m.impl("append_kv", TORCH_BOX(&append));
-  m.impl("merge_states", TORCH_BOX(&merge_states_new));
-  m.impl("merge_states.out", TORCH_BOX(&merge_states_out));
-  m.impl("merge_states_backward", TORCH_BOX(&merge_states_grad));
-}
+// The same functions serve both devices: the C++ face looks at the tensors.
+#define KVK_PAGED_IMPLS(m)                                    \
+  m.impl("paged_decode", TORCH_BOX(&paged_decode_new));       \
+  m.impl("paged_decode.out", TORCH_BOX(&paged_decode_out));   \
+  m.impl("paged_prefill", TORCH_BOX(&paged_prefill_new));     \
+  m.impl("paged_prefill.out", TORCH_BOX(&paged_prefill_out)); \
+  m.impl("append_kv", TORCH_BOX(&append));                    \
+  m.impl("merge_states", TORCH_BOX(&merge_states_new));       \
+  m.impl("merge_states.out", TORCH_BOX(&merge_states_out));   \
+  m.impl("merge_states_backward", TORCH_BOX(&merge_states_grad))
+
+KVK_LIBRARY_IMPL(KVK_NAMESPACE, CPU, m) { KVK_PAGED_IMPLS(m); }
+KVK_LIBRARY_IMPL(KVK_NAMESPACE, CUDA, m) { KVK_PAGED_IMPLS(m); }
 
 }  // namespace kvk::torch_face

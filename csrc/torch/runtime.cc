@@ -7,6 +7,7 @@
 #include "cuda/compiler.h"
 #include "cuda/driver.h"
 #include "cuda/driver_launcher.h"
+#include "cuda/launch.h"
 #include "cuda/nvrtc.h"
 #include "cuda/sources.h"
 #include "torch/adapter.h"
@@ -40,8 +41,8 @@ std::string driver_json() {
     const char* separator = "";
     for (const cuda::DeviceDescription& device : cuda::list_devices()) {
       const int arch = device.properties.arch;
-      json << separator << "{\"name\": " << quoted(device.name) << ", \"capability\": \"" << arch / 10 << '.' << arch % 10
-           << "\", \"arch\": " << (arch >= 80 ? quoted(cuda::arch_name(arch)) : "null")
+      json << separator << "{\"name\": " << quoted(device.name) << ", \"capability\": \"" << arch / 10 << '.'
+           << arch % 10 << "\", \"arch\": " << (arch >= 80 ? quoted(cuda::arch_name(arch)) : "null")
            << ", \"num_sms\": " << device.properties.num_sms
            << ", \"max_shared_per_block\": " << device.properties.max_shared_per_block << "}";
       separator = ", ";
@@ -91,6 +92,16 @@ std::string compile_kernel(std::string header, std::string expression, std::stri
   return json.str();
 }
 
+std::string default_kernels() {
+  std::ostringstream json;
+  const char* separator = "[";
+  for (const cuda::Kernel& kernel : cuda::default_kernels()) {
+    json << separator << "{\"header\": " << quoted(kernel.header) << ", \"expression\": " << quoted(kernel.expression) << "}";
+    separator = ", ";
+  }
+  return json.str() + "]";
+}
+
 // Compiles if need be and loads onto the card, so that a CUDA graph can capture the kernel's first launch.
 void load_kernel(std::string header, std::string expression, int64_t device) {
   const int index = static_cast<int>(device);
@@ -104,6 +115,7 @@ KVK_LIBRARY_FRAGMENT(KVK_NAMESPACE, m) {
   m.def("_set_nvrtc_candidates(str[] paths) -> ()");
   m.def("_set_shipped_cubins(str folder) -> ()");
   m.def("_compile_kernel(str header, str expression, str arch, str folder) -> str");
+  m.def("_default_kernels() -> str");
   m.def("_load_kernel(str header, str expression, int device) -> ()");
 }
 
@@ -112,6 +124,7 @@ KVK_LIBRARY_IMPL(KVK_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("_set_nvrtc_candidates", TORCH_BOX(&set_nvrtc_candidates));
   m.impl("_set_shipped_cubins", TORCH_BOX(&set_shipped_cubins));
   m.impl("_compile_kernel", TORCH_BOX(&compile_kernel));
+  m.impl("_default_kernels", TORCH_BOX(&default_kernels));
   m.impl("_load_kernel", TORCH_BOX(&load_kernel));
 }
 

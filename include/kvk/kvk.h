@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kvk/api.h"
+#include "kvk/context.h"
 #include "kvk/paged.h"
 #include "kvk/threads.h"
 #include "kvk/types.h"

@@ -1,6 +1,9 @@
 // Attention over a paged KV cache, and the calls that fill it.
 //
 // Shapes: B requests, T packed query tokens, Hq / Hkv query / kv heads, D / Dv head dims of K / V, P page size, N pages.
+// Tensors are all on the CPU, or all on one card; on a card work is queued on the context's stream, and page ids, lengths and
+// slots are read there, not checked (KVK_CHECK=1 waits for each kernel). float32 attention is the CPU's alone.
+//
 // The conventions (LSE, causal alignment, head map, empty rows, masks) are in docs/conventions.md, the forms of a page
 // table in docs/page-tables.md.
 #pragma once
@@ -9,7 +12,7 @@
 #include <optional>
 
 #include "kvk/api.h"
-#include "kvk/threads.h"
+#include "kvk/context.h"
 #include "kvk/types.h"
 
 namespace kvk {
@@ -80,10 +83,10 @@ struct MergeStatesBackwardArgs {
   Tensor grad_parts_lse;   // f32 [n, T, H], written
 };
 
-KVK_API void paged_decode(const PagedDecodeArgs& args, Threads& threads = default_threads());
-KVK_API void paged_prefill(const PagedPrefillArgs& args, Threads& threads = default_threads());
-KVK_API void append_kv(const AppendKvArgs& args, Threads& threads = default_threads());
-KVK_API void merge_states(const MergeStatesArgs& args, Threads& threads = default_threads());
-KVK_API void merge_states_backward(const MergeStatesBackwardArgs& args, Threads& threads = default_threads());
+KVK_API void paged_decode(const PagedDecodeArgs& args, const Context& context = {});
+KVK_API void paged_prefill(const PagedPrefillArgs& args, const Context& context = {});
+KVK_API void append_kv(const AppendKvArgs& args, const Context& context = {});
+KVK_API void merge_states(const MergeStatesArgs& args, const Context& context = {});
+KVK_API void merge_states_backward(const MergeStatesBackwardArgs& args, const Context& context = {});
 
 }  // namespace kvk

@@ -1,4 +1,4 @@
-"""`python -m kvk info | demo | bench`."""
+"""`python -m kvk info | demo | bench | precompile`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 USAGE = """\
 usage: python -m kvk COMMAND [options]
 
-  info    versions, the library, the instruction-set level and the threads in use
-  demo    runs a real model through the paged cache and compares it with plain torch
-  bench   times the kernels against their peers and the ceilings of this machine
+  info        versions, the library, the instruction-set level and the threads in use
+  demo        runs a real model through the paged cache and compares it with plain torch
+  bench       times the kernels against their peers and the ceilings of this machine
+  precompile  compiles the CUDA kernels ahead, for --arch sm_90a and others; needs no card
 
 python -m kvk COMMAND --help tells a command's options."""
 
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from kvk import bench_cli
 
         return bench_cli.main(rest)
+    if command == "precompile":
+        from kvk import cuda
+
+        return cuda.main(rest)
     if command in ("-h", "--help"):
         print(USAGE)
         return 0

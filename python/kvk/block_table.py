@@ -88,7 +88,7 @@ class PageAllocator:
 class _Request:
     pages: list[int] = field(default_factory=list)
     length: int = 0  # tokens stored
-    clean: int = 0  # leading entries of `pages` that a reader has already taken
+    clean: int = 0  # entries of `pages`, from the first on, that a reader has already taken
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`python -m kvk info`: versions, library, instruction-set level and threads, as a bug report wants them."""
+"""`python -m kvk info`: versions, library, instruction-set level, threads and CUDA, as a bug report wants them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from kvk import _load
+from kvk import _load, cuda
 
 
 def build_info() -> dict[str, str]:
@@ -45,6 +45,7 @@ def rows() -> list[tuple[str, str]]:
         ("CPU levels", f"{info['cpu_levels']} (in this build)"),
         ("threads", f"{torch.get_num_threads()} (torch.get_num_threads)"),
         ("torch", torch.__version__),
+        *cuda.info_rows(),
         ("transformers", _installed("transformers")),
         ("Python", f"{platform.python_version()}, {platform.platform()}"),
     ]

@@ -17,6 +17,7 @@
 namespace kvk::device {
 
 static_assert(sizeof(KeyPlace) == PagedPrefillShape::kPlaceBytes);
+static_assert(sizeof(PagedItem<0>) == PagedPrefillShape::kItemBytes);
 
 // The query rows of a warp: scores, softmax state and output in mma fragments.
 template <class Config>
@@ -24,26 +25,20 @@ class PrefillRows {
  public:
   using T = typename Config::T;
   static constexpr uint32_t kParts = Config::kParts;
-  static constexpr int kRowTiles = Config::kRowTiles, kKeyTiles = Config::kKeys / 8, kTilesV = Config::kDimV / 8;
+  // A softmax step takes 32 keys: the scores of 64, beside 128 registers of output, would spill.
+  static constexpr int kStep = 32;
+  static constexpr int kRowTiles = Config::kRowTiles, kKeyTiles = kStep / 8, kTilesV = Config::kDimV / 8;
+  static_assert(Config::kKeys % kStep == 0);
 
-  KVK_DEVICE PrefillRows(const PagedProblem& p, const PagedItem<kParts>& item, const T* queries, int warp, int lane)
+  KVK_DEVICE PrefillRows(const PagedProblem& p, const PagedItem<kParts>& item, const T* queries, int warp)
       : p_(p), item_(item), score_(p), queries_(queries + warp * Config::kWarpRows * Config::kPitch),
-        first_row_(warp * Config::kWarpRows), lane_(lane) {}
+        first_row_(warp * Config::kWarpRows) {}
 
   // One tile of keys, the first of them at position `first`; `places` holds their biases.
   KVK_DEVICE void attend(int32_t first, const T* k, const T* v, const KeyPlace* places) {
-    float s[kRowTiles][kKeyTiles][4] = {};
-    scores(k, s);
-    const bool hidden = mask(first, places, s);
-    KVK_UNROLL
-    for (int tile = 0; tile < kRowTiles; ++tile) {
-      reweigh(s[tile], tile, 0);
-      reweigh(s[tile], tile, 1);
-    }
-    if (__any_sync(0xffffffffu, hidden) && !tile_is_finite<Config::kDimV, Config::kPitchV>(v, Config::kKeys, lane_)) {
-      accumulate_seen(s, v);
-    } else {
-      accumulate(s, v);
+    KVK_NO_UNROLL
+    for (int step = 0; step < Config::kKeys; step += kStep) {
+      attend_step(first + step, k + step * Config::kPitch, v + step * Config::kPitchV, places + step);
     }
   }
 
@@ -61,13 +56,13 @@ class PrefillRows {
         T* out = static_cast<T*>(p_.out.data) + token * p_.out.token_stride + head * p_.out.head_stride;
         KVK_UNROLL
         for (int n = 0; n < kTilesV; ++n) {
-          const int column = n * 8 + lane_ % 4 * 2;
+          const int column = n * 8 + lane() % 4 * 2;
           if (column >= Config::kHeadDimV) continue;
           const float zero = end.factor == 0.0f ? 0.0f : 1.0f;  // a row without keys is 0 whatever its accumulators hold
           out[column] = from_float<T>(zero == 0.0f ? 0.0f : out_[tile][n][half * 2] * end.factor);
           out[column + 1] = from_float<T>(zero == 0.0f ? 0.0f : out_[tile][n][half * 2 + 1] * end.factor);
         }
-        if (lane_ % 4 == 0) p_.lse[token * p_.lse_token_stride + head * p_.lse_head_stride] = end.lse;
+        if (lane() % 4 == 0) p_.lse[token * p_.lse_token_stride + head * p_.lse_head_stride] = end.lse;
       }
     }
   }
@@ -75,7 +70,25 @@ class PrefillRows {
  private:
   using Scores = float[kRowTiles][kKeyTiles][4];
 
-  KVK_DEVICE int row_of(int tile, int half) const { return first_row_ + tile * 16 + half * 8 + lane_ / 4; }
+  KVK_DEVICE void attend_step(int32_t first, const T* k, const T* v, const KeyPlace* places) {
+    float s[kRowTiles][kKeyTiles][4] = {};
+    scores(k, s);
+    const bool hidden = mask(first, places, s);
+    KVK_UNROLL
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      reweigh(s[tile], tile, 0);
+      reweigh(s[tile], tile, 1);
+    }
+    if (__any_sync(0xffffffffu, hidden) && !tile_is_finite<Config::kDimV, Config::kPitchV>(v, kStep, lane())) {
+      accumulate_seen(s, v);
+    } else {
+      accumulate(s, v);
+    }
+  }
+
+  // Not kept: a register more than it costs to ask again.
+  KVK_DEVICE static int lane() { return threadIdx.x % 32; }
+  KVK_DEVICE int row_of(int tile, int half) const { return first_row_ + tile * 16 + half * 8 + lane() / 4; }
 
   KVK_DEVICE void scores(const T* k, Scores& s) const {
     KVK_NO_UNROLL
@@ -83,12 +96,12 @@ class PrefillRows {
       uint32_t a[kRowTiles][4];
       KVK_UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile) {
-        ptx::ldmatrix(a[tile], queries_ + (tile * 16 + lane_ % 16) * Config::kPitch + (step * 2 + lane_ / 16) * 8);
+        ptx::ldmatrix(a[tile], queries_ + (tile * 16 + lane() % 16) * Config::kPitch + (step * 2 + lane() / 16) * 8);
       }
       KVK_UNROLL
       for (int n = 0; n < kKeyTiles; n += 2) {
         uint32_t b[4];
-        ptx::ldmatrix(b, k + (n * 8 + lane_ % 8 + lane_ / 16 * 8) * Config::kPitch + (step * 2 + lane_ / 8 % 2) * 8);
+        ptx::ldmatrix(b, k + (n * 8 + lane() % 8 + lane() / 16 * 8) * Config::kPitch + (step * 2 + lane() / 8 % 2) * 8);
         KVK_UNROLL
         for (int tile = 0; tile < kRowTiles; ++tile) {
           ptx::mma_m16n8k16<T>(s[tile][n], a[tile], b[0], b[1]);
@@ -111,7 +124,7 @@ class PrefillRows {
         for (int n = 0; n < kKeyTiles; ++n) {
           KVK_UNROLL
           for (int i = half * 2; i < half * 2 + 2; ++i) {
-            const int column = n * 8 + lane_ % 4 * 2 + i % 2;
+            const int column = n * 8 + lane() % 4 * 2 + i % 2;
             const int32_t key = first + column;
             const bool inside = key >= item_.begin && key < item_.end;
             const bool seen = inside && row_mask.sees(p_, key);
@@ -154,7 +167,7 @@ class PrefillRows {
 
   KVK_DEVICE void accumulate(const Scores& s, const T* v) {
     KVK_UNROLL
-    for (int step = 0; step < Config::kKeys / 16; ++step) {
+    for (int step = 0; step < kStep / 16; ++step) {
       uint32_t a[kRowTiles][4];
       KVK_UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile) {
@@ -168,7 +181,7 @@ class PrefillRows {
       KVK_UNROLL
       for (int n = 0; n < kTilesV; n += 2) {
         uint32_t b[4];
-        ptx::ldmatrix_trans(b, v + (step * 16 + lane_ % 16) * Config::kPitchV + (n + lane_ / 16) * 8);
+        ptx::ldmatrix_trans(b, v + (step * 16 + lane() % 16) * Config::kPitchV + (n + lane() / 16) * 8);
         KVK_UNROLL
         for (int tile = 0; tile < kRowTiles; ++tile) {
           ptx::mma_m16n8k16<T>(out_[tile][n], a[tile], b[0], b[1]);
@@ -185,12 +198,12 @@ class PrefillRows {
     for (int n = 0; n < kKeyTiles; ++n) {
       KVK_NO_UNROLL
       for (int column = 0; column < 8; ++column) {
-        const T* from = v + (n * 8 + column) * Config::kPitchV + lane_ % 4 * 2;
+        const T* from = v + (n * 8 + column) * Config::kPitchV + lane() % 4 * 2;
         KVK_UNROLL
         for (int row = 0; row < kRowTiles * 2; ++row) {
           const int tile = row / 2, half = row % 2;
           const float p = __shfl_sync(0xffffffffu, column % 2 == 0 ? s[tile][n][half * 2] : s[tile][n][half * 2 + 1],
-                                      (lane_ & ~3) + column / 2);
+                                      (lane() & ~3) + column / 2);
           if (__float_as_uint(p) == 0x80000000u) continue;
           KVK_UNROLL
           for (int out = 0; out < kTilesV; ++out) {
@@ -206,7 +219,7 @@ class PrefillRows {
   const PagedItem<kParts>& item_;
   Score<kParts> score_;
   const T* queries_;
-  int first_row_, lane_;
+  int first_row_;
   float out_[kRowTiles][kTilesV][4] = {};
   RowState state_[kRowTiles][2];
 };
@@ -223,6 +236,7 @@ class PrefillBlock {
     k_ = carve.take<T>(Config::kStages * kTileK);
     v_ = carve.take<T>(Config::kStages * kTileV);
     places_ = carve.take<KeyPlace>(Config::kStages * Config::kKeys);
+    shared_item_ = carve.take<Item>(1);
   }
 
   // Block x is a row tile, counted over all requests; block y a kv head.
@@ -236,8 +250,11 @@ class PrefillBlock {
                                        last_token - first_token + 1, p_.causal, p_.window_left);
     item_.begin = static_cast<int32_t>(keys.begin);
     item_.end = static_cast<int32_t>(keys.end);
-    load_queries();
-    attend();
+    // All threads know the item; from here on they read it from shared memory, which frees a dozen registers.
+    if (threadIdx.x == 0) *shared_item_ = item_;
+    __syncthreads();
+    load_queries(*shared_item_);
+    attend(*shared_item_);
   }
 
  private:
@@ -273,28 +290,30 @@ class PrefillBlock {
     return false;
   }
 
-  KVK_DEVICE void load_queries() {
+  using Item = PagedItem<Config::kParts>;
+
+  KVK_DEVICE void load_queries(const Item& item) {
     constexpr int kChunks = Config::kDim / 8;
     for (int i = threadIdx.x; i < Config::kRows * kChunks; i += Config::kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
-      const bool valid = row < item_.rows && chunk * 8 < Config::kHeadDim;
-      const int64_t at = valid ? (item_.token + item_.token_of(p_, row)) * p_.q.token_stride +
-                                     item_.head_of(p_, row) * p_.q.head_stride + chunk * 8
+      const bool valid = row < item.rows && chunk * 8 < Config::kHeadDim;
+      const int64_t at = valid ? (item.token + item.token_of(p_, row)) * p_.q.token_stride +
+                                     item.head_of(p_, row) * p_.q.head_stride + chunk * 8
                                : 0;
       ptx::cp_async<16>(queries_ + row * Config::kPitch + chunk * 8, static_cast<const T*>(p_.q.data) + at, valid);
     }
   }
 
-  KVK_DEVICE void attend() {
-    PrefillRows<Config> rows(p_, item_, queries_, threadIdx.x / 32, threadIdx.x % 32);
+  KVK_DEVICE void attend(const Item& item) {
+    PrefillRows<Config> rows(p_, item, queries_, threadIdx.x / 32);
     // Tiles start at multiples of kKeys, so that a request's tiles are the same whichever rows see them.
-    const int32_t start = item_.begin / Config::kKeys * Config::kKeys;
-    const int tiles = item_.end > start ? ceil_div(item_.end - start, Config::kKeys) : 0;
-    find_places(0, start);
+    const int32_t start = item.begin / Config::kKeys * Config::kKeys;
+    const int tiles = item.end > start ? ceil_div(item.end - start, Config::kKeys) : 0;
+    find_places(item, 0, start);
     __syncthreads();
     load_tile(0);
     ptx::cp_async_commit();
-    find_places(1, start + Config::kKeys);
+    find_places(item, 1, start + Config::kKeys);
     for (int tile = 0; tile < tiles; ++tile) {
       const int stage = tile % Config::kStages;
       ptx::cp_async_wait<0>();
@@ -304,14 +323,14 @@ class PrefillBlock {
       rows.attend(start + tile * Config::kKeys, k_ + stage * kTileK, v_ + stage * kTileV,
                   places_ + stage * Config::kKeys);
       __syncthreads();  // all are done with this stage's places
-      find_places(stage, start + (tile + 2) * Config::kKeys);
+      find_places(item, stage, start + (tile + 2) * Config::kKeys);
     }
     ptx::cp_async_wait<0>();  // the queries, where there was no tile
     rows.write();
   }
 
-  KVK_DEVICE void find_places(int stage, int32_t first) {
-    if (threadIdx.x < Config::kKeys) places_[stage * Config::kKeys + threadIdx.x] = item_.place(p_, first + threadIdx.x);
+  KVK_DEVICE void find_places(const Item& item, int stage, int32_t first) {
+    if (threadIdx.x < Config::kKeys) places_[stage * Config::kKeys + threadIdx.x] = item.place(p_, first + threadIdx.x);
   }
 
   KVK_DEVICE void load_tile(int stage) const {
@@ -339,6 +358,7 @@ class PrefillBlock {
   T* k_;
   T* v_;
   KeyPlace* places_;
+  PagedItem<Config::kParts>* shared_item_;
 };
 
 template <class Config>

@@ -13,7 +13,7 @@ struct PagedPrefillParams {
 // Sizes that follow from the head dims; the kernel uses them as constants, the launch code to ask for shared memory.
 struct PagedPrefillShape {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kStages = 2;
-  static constexpr int kPlaceBytes = 24;  // sizeof(KeyPlace)
+  static constexpr int kPlaceBytes = 24, kItemBytes = 48;  // sizeof(KeyPlace), sizeof(PagedItem)
 
   int dim, dim_v;      // mma works on 16 columns at a time; the padding is filled with zeros
   int pitch, pitch_v;  // of a row in shared memory, elements; keeps ldmatrix free of bank conflicts
@@ -31,7 +31,7 @@ struct PagedPrefillShape {
 
   // In the order in which the kernel takes its parts; all are multiples of 16 bytes.
   KVK_HOST_DEVICE constexpr size_t shared_bytes() const {
-    return (query_elements() + kStages * (k_elements() + v_elements())) * 2 + size_t(kStages) * keys * kPlaceBytes;
+    return (query_elements() + kStages * (k_elements() + v_elements())) * 2 + size_t(kStages) * keys * kPlaceBytes + kItemBytes;
   }
 };
 

@@ -133,8 +133,8 @@ def run(
 class Agreement:
     """How a run compares with the reference.
 
-    The rule for greedy tokens: wherever the reference's best logit leads its second by more than twice the largest
-    error allowed, no error within the bound can change the choice, so the run must choose the same token.
+    The rule for greedy tokens: where the reference's two best logits differ by more than twice the largest error
+    allowed, no error within the bound can change the choice, so the run must choose the same token.
     """
 
     max_error: float  # largest |logit - reference|

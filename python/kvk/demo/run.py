@@ -107,8 +107,8 @@ def _verdict(result: Result, agreement: Agreement) -> str:
     if agreement.ok:
         return (
             f"{result.config.name} agrees with torch: largest logit error {agreement.max_error:.2g}, allowed "
-            f"{agreement.allowed:.2g}; greedy tokens are the same wherever torch's best logit leads by more than twice "
-            f"the allowed error ({agreement.decided} of {agreement.positions} positions)."
+            f"{agreement.allowed:.2g}; greedy tokens are the same wherever torch's two best logits differ by "
+            f"more than twice that ({agreement.decided} of {agreement.positions} positions)."
         )
     return (
         f"{result.config.name}: DOES NOT AGREE with torch: largest logit error {agreement.max_error:.3g}, allowed "

@@ -1,0 +1,50 @@
+// From a call on a card to its launch code: the launcher of that card and stream, memory from the context.
+#include "cuda/backend.h"
+
+#include "core/check.h"
+#include "cuda/driver_launcher.h"
+#include "cuda/launch.h"
+
+namespace kvk::cuda {
+namespace {
+
+class ContextWorkspace final : public Workspace {
+ public:
+  ContextWorkspace(const char* op, Device device, const Context& context)
+      : op_(op), device_(device), context_(context) {}
+  void* allocate(int64_t bytes) override {
+    if (context_.allocator == nullptr) fail(op_, "needs ", bytes, " bytes on the card, and the context has no allocator");
+    return context_.allocator->allocate(device_, bytes);
+  }
+
+ private:
+  const char* op_;
+  Device device_;
+  const Context& context_;
+};
+
+}  // namespace
+
+void paged_attention(const char* op, const PagedProblem& problem, int64_t list_entries, Device device,
+                     const Context& context) {
+  DriverLauncher launcher(device.index, context.cuda_stream);
+  ContextWorkspace workspace(op, device, context);
+  launch_paged_attention(problem, list_entries, launcher, workspace);
+}
+
+void append_kv(const AppendKvArgs& args, const Context& context) {
+  DriverLauncher launcher(args.k.device.index, context.cuda_stream);
+  launch_append_kv(args, launcher);
+}
+
+void merge_states(const MergeStatesArgs& args, const Context& context) {
+  DriverLauncher launcher(args.parts.device.index, context.cuda_stream);
+  launch_merge_states(args, launcher);
+}
+
+void merge_states_backward(const MergeStatesBackwardArgs& args, const Context& context) {
+  DriverLauncher launcher(args.parts.device.index, context.cuda_stream);
+  launch_merge_states_backward(args, launcher);
+}
+
+}  // namespace kvk::cuda

@@ -1,0 +1,17 @@
+// The CUDA backend: checked calls in, kernels queued on the context's stream.
+#pragma once
+
+#include "core/paged_problem.h"
+#include "kvk/context.h"
+#include "kvk/paged.h"
+
+namespace kvk::cuda {
+
+// list_entries: most pages that one list of the page table can name.
+void paged_attention(const char* op, const PagedProblem& problem, int64_t list_entries, Device device,
+                     const Context& context);
+void append_kv(const AppendKvArgs& args, const Context& context);
+void merge_states(const MergeStatesArgs& args, const Context& context);
+void merge_states_backward(const MergeStatesBackwardArgs& args, const Context& context);
+
+}  // namespace kvk::cuda

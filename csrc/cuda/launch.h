@@ -1,0 +1,39 @@
+// Launch code of every op: which kernel instantiation, which grid, how much memory. It knows a launcher, not a driver, so
+// that tests run it over the device emulator.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/paged_problem.h"
+#include "cuda/launcher.h"
+#include "kvk/paged.h"
+
+namespace kvk::cuda {
+
+// Memory on the device that stays valid until the work queued by this call is done.
+class Workspace {
+ public:
+  virtual ~Workspace() = default;
+  virtual void* allocate(int64_t bytes) = 0;
+};
+
+void launch_paged_attention(const PagedProblem& problem, int64_t list_entries, Launcher& launcher, Workspace& workspace);
+void launch_append_kv(const AppendKvArgs& args, Launcher& launcher);
+void launch_merge_states(const MergeStatesArgs& args, Launcher& launcher);
+void launch_merge_states_backward(const MergeStatesBackwardArgs& args, Launcher& launcher);
+
+// The kernels that precompile compiles when it is not told which: common head dims, no score options.
+std::vector<Kernel> default_kernels();
+
+// "kvk::device::NAME<kvk::device::bf16, ARG, ..>"
+std::string kernel_type(DType dtype);
+
+// Queues a kernel with its struct of parameters; threads along x alone.
+template <class Params>
+void launch(Launcher& launcher, const Kernel& kernel, Dim3 grid, uint32_t threads, size_t shared_bytes,
+            const Params& params) {
+  launcher.launch(kernel, grid, {threads, 1, 1}, shared_bytes, &params, sizeof params);
+}
+
+}  // namespace kvk::cuda

@@ -1,0 +1,78 @@
+"""Defects of the library's kernels for the mutation test: changes of a header's text that a test must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Edit:
+    """`old`, which occurs once in `header` (under include/), becomes `new`; then emulator test `test` must fail."""
+
+    name: str
+    header: str
+    old: str
+    new: str
+    test: str
+    environment: dict[str, str] = field(default_factory=dict)
+    schedules: dict[str, dict[str, str]] | None = None  # default: mutation.SCHEDULES
+
+
+EDITS: tuple[Edit, ...] = (
+    Edit(
+        name="the two elements of a word change places on packing",
+        header="kvk/device/types.h",
+        old="return ptx::cvt_bf16x2(lo, hi);",
+        new="return ptx::cvt_bf16x2(hi, lo);",
+        test="toys",
+    ),
+    Edit(
+        name="shared memory carved with too little space",
+        header="kvk/device/smem.h",
+        old="return {round_up(total, align) + count * sizeof(T)};",
+        new="return {round_up(total, align) + count * sizeof(T) / 2};",
+        test="toys",
+    ),
+    Edit(
+        name="a wait that leaves the tile in flight",
+        header="kvk/device/paged_decode.cuh",
+        old="ptx::cp_async_wait<kAhead - 1>();",
+        new="ptx::cp_async_wait<kAhead>();",
+        test="paged",
+    ),
+    Edit(
+        name="no __syncwarp before a stage is read and refilled",
+        header="kvk/device/paged_decode.cuh",
+        old="__syncwarp();  // all lanes' copies of this stage are in",
+        new="// all lanes' copies of this stage are in",
+        test="paged",
+    ),
+    Edit(
+        name="a warp's output overwrites its ring while other lanes read it",
+        header="kvk/device/paged_decode.cuh",
+        old="__syncwarp();\n    rows.store(",
+        new="rows.store(",
+        test="paged",
+    ),
+    Edit(
+        name="splits of different blocks write one partial result",
+        header="kvk/device/paged_decode.cuh",
+        old="* params.split_slots + split;",
+        new="* params.split_slots + split / 2;",
+        test="paged",
+    ),
+    Edit(
+        name="no barrier before a tile is read",
+        header="kvk/device/paged_prefill.cuh",
+        old="__syncthreads();  // this stage is in for all",
+        new="// this stage is in for all",
+        test="paged",
+    ),
+    Edit(
+        name="places of keys replaced while they are read",
+        header="kvk/device/paged_prefill.cuh",
+        old="__syncthreads();  // all are done with this stage's places",
+        new="",
+        test="paged",
+    ),
+)

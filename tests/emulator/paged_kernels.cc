@@ -1,0 +1,30 @@
+// The instantiations of the paged kernels that test_paged.cc launches by name.
+#include "emulator/emulator.h"
+#include "kvk/device/paged_decode.cuh"
+#include "kvk/device/paged_prefill.cuh"
+
+#define KVK_DECODE(...) KVK_EMULATED_KERNEL(kvk::device::paged_decode_kernel<kvk::device::PagedDecodeConfig<__VA_ARGS__>>)
+#define KVK_PREFILL(...) \
+  KVK_EMULATED_KERNEL(kvk::device::paged_prefill_kernel<kvk::device::PagedPrefillConfig<__VA_ARGS__>>)
+
+KVK_DECODE(kvk::device::bf16, 128, 128, 1, 0);
+KVK_DECODE(kvk::device::f16, 64, 40, 1, 7);
+KVK_DECODE(kvk::device::bf16, 72, 96, 2, 0);
+KVK_DECODE(kvk::device::f16, 32, 32, 2, 0);
+KVK_DECODE(kvk::device::bf16, 64, 64, 2, 0);
+KVK_DECODE(kvk::device::f16, 32, 48, 2, 15);
+KVK_DECODE(kvk::device::bf16, 160, 160, 2, 0);
+KVK_EMULATED_KERNEL(kvk::device::merge_splits_kernel<kvk::device::bf16, 128>);
+KVK_EMULATED_KERNEL(kvk::device::merge_splits_kernel<kvk::device::f16, 40>);
+KVK_EMULATED_KERNEL(kvk::device::merge_splits_kernel<kvk::device::bf16, 96>);
+KVK_EMULATED_KERNEL(kvk::device::merge_splits_kernel<kvk::device::f16, 32>);
+KVK_EMULATED_KERNEL(kvk::device::merge_splits_kernel<kvk::device::bf16, 64>);
+KVK_EMULATED_KERNEL(kvk::device::merge_splits_kernel<kvk::device::f16, 48>);
+KVK_EMULATED_KERNEL(kvk::device::merge_splits_kernel<kvk::device::bf16, 160>);
+
+KVK_PREFILL(kvk::device::bf16, 64, 64, 0);
+KVK_PREFILL(kvk::device::f16, 32, 48, 15);
+KVK_PREFILL(kvk::device::bf16, 160, 160, 0);
+KVK_EMULATED_KERNEL(kvk::device::clear_unowned_kernel<kvk::device::bf16, 64>);
+KVK_EMULATED_KERNEL(kvk::device::clear_unowned_kernel<kvk::device::f16, 48>);
+KVK_EMULATED_KERNEL(kvk::device::clear_unowned_kernel<kvk::device::bf16, 160>);

@@ -1,0 +1,191 @@
+// Paged attention on CUDA: libkvk's own checks and launch code over the emulator, against two nested loops in double.
+// Unused keys are NaN, unused table entries wild, outputs poisoned; lengths take every pipeline around several times.
+#include <list>
+
+#include "core/paged_check.h"
+#include "cpp/paged_case.h"
+#include "cuda/launch.h"
+#include "emulator/harness.h"
+
+namespace kvk {
+namespace {
+
+class EmulatedLauncher final : public cuda::Launcher, public cuda::Workspace {
+ public:
+  EmulatedLauncher() {
+    properties_.arch = 90;
+    properties_.num_sms = 4;  // few, so that blocks share the splits of a request
+    properties_.max_shared_per_block = 227 * 1024;
+  }
+  const cuda::DeviceProperties& properties() const override { return properties_; }
+  void launch(const cuda::Kernel& kernel, cuda::Dim3 grid, cuda::Dim3 block, size_t shared_bytes, const void* params,
+              size_t params_size) override {
+    emu::launch_by_name(kernel.expression, {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes}, params,
+                        params_size);
+  }
+  void* allocate(int64_t bytes) override {
+    buffers_.emplace_back(static_cast<size_t>(bytes), "workspace");
+    return buffers_.back().data();
+  }
+
+ private:
+  cuda::DeviceProperties properties_;
+  std::list<emu::DeviceArray<char>> buffers_;
+};
+
+// Copies of a case's tensors in the emulator's device memory.
+class OnDevice {
+ public:
+  Tensor operator()(Tensor t, emu::Use use = emu::Use::input) {
+    int64_t elements = t.numel() == 0 ? 0 : 1;
+    for (int i = 0; i < t.ndim; ++i) elements += t.numel() == 0 ? 0 : (t.shape[i] - 1) * t.stride[i];
+    const char* from = t.ptr<const char>();
+    const size_t bytes = static_cast<size_t>(elements * element_size(t.dtype));
+    if (use == emu::Use::input) {
+      arrays_.emplace_back(std::vector<char>(from, from + bytes), use);
+    } else {
+      arrays_.emplace_back(bytes);
+    }
+    t.data = arrays_.back().data();
+    t.device = {DeviceType::cuda, 0};
+    return t;
+  }
+  std::optional<Tensor> operator()(const std::optional<Tensor>& t) {
+    return t ? std::optional<Tensor>((*this)(*t)) : std::nullopt;
+  }
+
+ private:
+  std::list<emu::DeviceArray<char>> arrays_;
+};
+
+// 16-bit weights: half an ulp of the largest weight, on values of about 3.
+double tolerance(DType dtype) { return dtype == DType::bf16 ? 1.5e-2 : 2e-3; }
+
+void compare(const PagedPrefillArgs& a, const std::string& what) {
+  double worst = 0;
+  int64_t owned = 0;
+  const auto row = [&](int64_t token, int64_t h, const test::Row& want) {
+    const auto error = [](double got, double x) {
+      return std::isnan(x) ? (std::isnan(got) ? 0 : INFINITY)
+             : std::isinf(x) ? (got == x ? 0 : INFINITY)
+             : std::isnan(got) ? INFINITY : std::fabs(got - x);
+    };
+    worst = std::max(worst, error(test::element(a.lse, {token, h}), want.lse) * 10);
+    for (size_t d = 0; d < want.out.size(); ++d) {
+      worst = std::max(worst, error(test::element(a.out, {token, h, static_cast<int64_t>(d)}), want.out[d]));
+    }
+  };
+  for (int64_t b = 0; b + 1 < a.qo_indptr.shape[0]; ++b) {
+    const int64_t start = static_cast<int64_t>(test::element(a.qo_indptr, {b}));
+    owned = static_cast<int64_t>(test::element(a.qo_indptr, {b + 1}));
+    for (int64_t i = 0; i < owned - start; ++i) {
+      for (int64_t h = 0; h < a.q.shape[1]; ++h) row(start + i, h, test::naive_row(a, b, start, i, owned - start, h));
+    }
+  }
+  const test::Row none{std::vector<double>(static_cast<size_t>(a.v_pages.shape[3]), 0.0), -test::kInf};
+  for (int64_t token = owned; token < a.q.shape[0]; ++token) {
+    for (int64_t h = 0; h < a.q.shape[1]; ++h) row(token, h, none);
+  }
+  emu::expect(worst <= tolerance(a.q.dtype), what + ": worst error " + std::to_string(worst));
+}
+
+// nan_key: NaN in V of this key of request 0, which only later tokens may see.
+void run(const std::string& what, const test::Spec& spec, int64_t nan_key = -1) {
+  test::Case c(spec, 7);
+  if (nan_key >= 0) {
+    const Tensor& v = c.args.v_pages;
+    const int64_t page = test::naive_page(c.args.table, static_cast<int64_t>(spec.lens.size()), v.shape[2], 0, 0,
+                                          nan_key / v.shape[1]);
+    char* at = v.ptr<char>() + (page * v.stride[0] + nan_key % v.shape[1] * v.stride[1]) * element_size(v.dtype);
+    const uint16_t nan = 0x7fff;
+    std::memcpy(at + 2 * element_size(v.dtype), &nan, sizeof nan);
+  }
+  OnDevice device;
+  PagedPrefillArgs on = c.args;
+  for (Tensor* t : {&on.q, &on.qo_indptr, &on.k_pages, &on.v_pages, &on.table.page_indices, &on.table.kv_lens}) {
+    *t = device(*t);
+  }
+  on.table.page_indptr = device(on.table.page_indptr);
+  on.score.alibi_slopes = device(on.score.alibi_slopes);
+  on.score.sinks = device(on.score.sinks);
+  on.score.key_bias = device(on.score.key_bias);
+  on.mask_bits = device(on.mask_bits);
+  on.out = device(on.out, emu::Use::output);
+  on.lse = device(on.lse, emu::Use::output);
+
+  EmulatedLauncher launcher;
+  const PagedProblem problem =
+      spec.is_decode()
+          ? check_paged_decode({on.q, on.k_pages, on.v_pages, on.table, on.score, on.out, on.lse})
+          : check_paged_prefill(on);
+  const Tensor& indices = on.table.page_indices;
+  cuda::launch_paged_attention(problem, indices.shape[indices.ndim - 1], launcher, launcher);
+
+  for (const auto& [from, to] : {std::pair{&on.out, &c.args.out}, std::pair{&on.lse, &c.args.lse}}) {
+    std::memcpy(to->data, from->data, static_cast<size_t>(to->numel() * element_size(to->dtype)));
+  }
+  if (spec.is_decode()) {  // compare() wants starts
+    std::vector<int32_t> starts(spec.lens.size() + 1);
+    for (size_t i = 0; i < starts.size(); ++i) starts[i] = static_cast<int32_t>(i);
+    const test::Array array = test::Array::of(starts);
+    PagedPrefillArgs as_prefill = c.args;
+    as_prefill.qo_indptr = array.view();
+    compare(as_prefill, what);
+  } else {
+    compare(c.args, what);
+  }
+}
+
+using test::Spec;
+using test::Table;
+
+void decode_cases() {
+  run("decode bf16 8/2 heads, 1 to 3 splits, an empty request",
+      {.dtype = DType::bf16, .num_heads = 8, .num_kv_heads = 2, .head_dim = 128, .head_dim_v = 128,
+       .lens = {0, 1, 77, 1300, 512, 513}});
+  run("decode f16 7/1 heads, D 64 and 40, page 5, every option, CSR",
+      {.dtype = DType::f16, .num_heads = 7, .num_kv_heads = 1, .head_dim = 64, .head_dim_v = 40, .page_size = 5,
+       .lens = {3, 700, 0, 130}, .table = Table::csr, .window_left = 600, .logits_soft_cap = 5, .alibi = true,
+       .sinks = true, .key_bias = true});
+  run("decode bf16 24/2 heads, D 72 and 96, lists per head, HND",
+      {.dtype = DType::bf16, .num_heads = 24, .num_kv_heads = 2, .head_dim = 72, .head_dim_v = 96, .page_size = 7,
+       .lens = {90, 530}, .table = Table::per_head, .heads_first = true});
+  run("decode f16 20/1 heads: two tiles of query heads, page 1, window",
+      {.dtype = DType::f16, .num_heads = 20, .num_kv_heads = 1, .head_dim = 32, .head_dim_v = 32, .page_size = 1,
+       .lens = {200, 1, 700}, .window_left = 99});
+}
+
+void prefill_cases() {
+  run("prefill bf16 4/2 heads: tiled and streamed requests, one without tokens, rows of no request",
+      {.dtype = DType::bf16, .num_heads = 4, .num_kv_heads = 2, .head_dim = 64, .head_dim_v = 64,
+       .lens = {100, 600, 200, 5, 330}, .tokens = {100, 1, 3, 0, 140}, .unowned_tokens = 3});
+  run("prefill bf16, more tokens than keys, not causal next",
+      {.dtype = DType::bf16, .num_heads = 4, .num_kv_heads = 2, .head_dim = 64, .head_dim_v = 64, .lens = {10, 0},
+       .tokens = {40, 9}});
+  run("prefill bf16 not causal, window, lists per head",
+      {.dtype = DType::bf16, .num_heads = 4, .num_kv_heads = 2, .head_dim = 64, .head_dim_v = 64, .lens = {150},
+       .tokens = {70}, .table = Table::csr_per_head, .causal = false, .window_left = 60});
+  run("prefill f16, every option and tree masks, tiled and streamed",
+      {.dtype = DType::f16, .num_heads = 6, .num_kv_heads = 2, .head_dim = 32, .head_dim_v = 48, .page_size = 3,
+       .lens = {90, 70, 300}, .tokens = {33, 5, 40}, .window_left = 80, .logits_soft_cap = 3, .alibi = true,
+       .sinks = true, .key_bias = true, .mask_bits = true});
+  run("prefill bf16 D 160: one row tile a warp",
+      {.dtype = DType::bf16, .num_heads = 3, .num_kv_heads = 1, .head_dim = 160, .head_dim_v = 160, .lens = {230},
+       .tokens = {50}});
+  const Spec causal = {.dtype = DType::bf16, .num_heads = 4, .num_kv_heads = 2, .head_dim = 64, .head_dim_v = 64,
+                       .lens = {80}, .tokens = {60}};
+  run("prefill: a NaN value reaches only the rows that read it", causal, 50);
+  Spec few = causal;
+  few.tokens = {4};
+  run("streamed: a NaN value reaches only the rows that read it", few, 78);
+}
+
+}  // namespace
+}  // namespace kvk
+
+int main() {
+  return kvk::emu::run_tests([] {
+    kvk::decode_cases();
+    kvk::prefill_cases();
+  });
+}

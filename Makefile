@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_STAMP := $(STAMPS)/torch-$(shell printf %s '$(TORCH)' | md5sum | cut -c1-8)
 LIBRARY := python/kvk/libkvk.so
 SOURCES := $(shell find include csrc cmake -type f) CMakeLists.txt setup.py
-CXX_FILES = $(shell find include csrc tests/cpp examples bench -name '*.h' -o -name '*.cc')
+CXX_FILES = $(shell find include csrc tests examples bench -name '*.h' -o -name '*.cuh' -o -name '*.cc')
 
 # --- set-up: a stamp per step, newer than what the step depends on ---------------------------------------------------
 

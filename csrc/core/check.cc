@@ -66,7 +66,8 @@ void ArgChecker::aligned_rows(const Tensor& t, const char* name) const {
   if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0) fail(op_, name, " must start on a multiple of 16 bytes on a card");
   for (int i = 0; i + 1 < t.ndim; ++i) {
     if (t.shape[i] > 1 && t.stride[i] * size % 16 != 0) {
-      fail(op_, name, " must have strides of whole 16 bytes on a card, got ", t.stride[i], " elements in dimension ", i);
+      fail(op_, name, " must have strides of whole 16 bytes on a card, got ", t.stride[i], " elements in dimension ",
+           i);
     }
   }
 }

@@ -96,7 +96,8 @@ PageList check_table(const ArgChecker& check, const PageTable& table, int64_t nu
   }
   list.indices = indices.ptr<const int32_t>();
 
-  if (check.device().type != DeviceType::cpu) return list;  // values on a card are trusted: reading them would wait for it
+  if (check.device().type != DeviceType::cpu)
+    return list;  // values on a card are trusted: reading them would wait for it
   const int64_t lists = list.per_head() ? heads : 1;
   for (int64_t b = 0; b < num_requests; ++b) {
     for (int64_t h = 0; h < lists; ++h) {
@@ -151,7 +152,8 @@ void check_score(const ArgChecker& check, const ScoreOptions& score, int64_t num
   if (score.key_bias) {
     const Tensor& bias = *score.key_bias;
     if (bias.ndim == 3) {
-      check.tensor(bias, "key_bias", DType::f32, {{"N", pool.num_pages}, {"P", pool.page_size}, {"Hkv", pool.num_kv_heads}});
+      check.tensor(bias, "key_bias", DType::f32,
+                   {{"N", pool.num_pages}, {"P", pool.page_size}, {"Hkv", pool.num_kv_heads}});
       problem.bias_head_stride = bias.stride[2];
     } else {
       check.tensor(bias, "key_bias", DType::f32, {{"N", pool.num_pages}, {"P", pool.page_size}});
@@ -281,8 +283,8 @@ void check_append_kv(const AppendKvArgs& args) {
   for (int64_t t = 0; t < num_tokens; ++t) {
     const int64_t slot = slots[t * args.slot_mapping.stride[0]];
     if (slot >= pool.num_pages * pool.page_size) {
-      fail(check.op(), "slot_mapping: token ", t, " goes to slot ", slot, " of a pool of ", pool.num_pages, " pages of ",
-           pool.page_size);
+      fail(check.op(), "slot_mapping: token ", t, " goes to slot ", slot, " of a pool of ", pool.num_pages,
+           " pages of ", pool.page_size);
     }
   }
 }

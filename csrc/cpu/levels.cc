@@ -38,8 +38,8 @@ const Kernels& choose() {
     if (asked == nullptr || std::strcmp(asked, level->name) == 0) return *level;
     available += std::string(available.empty() ? "" : ", ") + level->name;
   }
-  throw Error("kvk: KVK_CPU_LEVEL asks for '" + std::string(asked ? asked : "") + "'; this build has on this machine: " +
-              available);
+  throw Error("kvk: KVK_CPU_LEVEL asks for '" + std::string(asked ? asked : "") +
+              "'; this build has on this machine: " + available);
 }
 
 }  // namespace

@@ -109,8 +109,8 @@ void backward_rows(const MergeStatesBackwardArgs& a, int64_t begin, int64_t end)
       const float x = lse[i * a.parts_lse.stride[0]];
       float* to_lse = a.grad_parts_lse.ptr<float>() + i * a.grad_parts_lse.stride[0] + t * a.grad_parts_lse.stride[1] +
                       h * a.grad_parts_lse.stride[2];
-      T* to = a.grad_parts.ptr<T>() + i * a.grad_parts.stride[0] + t * a.grad_parts.stride[1] +
-              h * a.grad_parts.stride[2];
+      T* to =
+          a.grad_parts.ptr<T>() + i * a.grad_parts.stride[0] + t * a.grad_parts.stride[1] + h * a.grad_parts.stride[2];
       if (saw_keys(x)) {
         const float w = normaliser.weight(x);
         *to_lse = w * (dots[static_cast<size_t>(i)] - mean + g_lse);

@@ -32,11 +32,11 @@ void parallel_items(Threads& threads, int workers, int64_t n, const F& f) {
 // f(begin, end) over [0, n) in pieces of at least `grain`.
 template <class F>
 void parallel_ranges(Threads& threads, int64_t n, int64_t grain, const F& f) {
-  const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(threads.count() * int64_t{4}, n / std::max<int64_t>(1, grain)));
+  const int64_t pieces =
+      std::max<int64_t>(1, std::min<int64_t>(threads.count() * int64_t{4}, n / std::max<int64_t>(1, grain)));
   if (n == 0) return;
   if (pieces == 1) return f(int64_t{0}, n);
-  parallel_items(threads, threads.count(), pieces,
-                 [&](int, int64_t i) { f(n * i / pieces, n * (i + 1) / pieces); });
+  parallel_items(threads, threads.count(), pieces, [&](int, int64_t i) { f(n * i / pieces, n * (i + 1) / pieces); });
 }
 
 }  // namespace kvk::cpu

@@ -10,8 +10,8 @@ namespace {
 constexpr int64_t kStreamBlockBytes = 128 * 1024;
 
 int32_t stream_block_keys(const PagedProblem& problem) {
-  const int64_t row_bytes = element_size(problem.dtype) * problem.num_kv_heads *
-                            std::max(problem.head_dim, problem.head_dim_v);
+  const int64_t row_bytes =
+      element_size(problem.dtype) * problem.num_kv_heads * std::max(problem.head_dim, problem.head_dim_v);
   int32_t keys = kBlockKeys;
   while (keys > 16 && keys * row_bytes > kStreamBlockBytes) keys /= 2;
   return keys;
@@ -75,9 +75,8 @@ class Planner {
     t.key_end = p_.causal ? std::clamp<int64_t>(t.first_query + tokens, 0, t.len) : t.len;
     t.key_begin = std::min(t.key_begin, t.key_end);
     const int64_t split = t.split_len();
-    t.num_splits = t.key_begin == t.key_end
-                       ? 1
-                       : static_cast<int32_t>((t.key_end + split - 1) / split - t.key_begin / split);
+    t.num_splits =
+        t.key_begin == t.key_end ? 1 : static_cast<int32_t>((t.key_end + split - 1) / split - t.key_begin / split);
     const int32_t rows = t.rows(p_.group);
     if (t.num_splits > 1) {
       t.partial = plan_.partial_rows;

@@ -19,9 +19,9 @@ namespace kvk::cpu {
 inline constexpr int kMaxStreamRows = 20;
 // Rows of a panel tile: a multiple of every level's register block (4, 6 and 12 rows).
 inline constexpr int kPanelRows = 120;
-inline constexpr int kBlockKeys = 64;          // most keys of one block
-inline constexpr int64_t kStreamSplit = 512;   // keys; a partial result costs under 1% of reading them
-inline constexpr int64_t kPanelSplit = 4096;   // keys
+inline constexpr int kBlockKeys = 64;         // most keys of one block
+inline constexpr int64_t kStreamSplit = 512;  // keys; a partial result costs under 1% of reading them
+inline constexpr int64_t kPanelSplit = 4096;  // keys
 
 struct Tile {
   int32_t request, head_begin, head_end;  // kv heads

@@ -34,8 +34,8 @@ void launch_append_kv(const AppendKvArgs& args, Launcher& launcher) {
   params.vectors = rows_on_16_bytes(args.k) && rows_on_16_bytes(args.v) && rows_on_16_bytes(args.k_pages) &&
                    rows_on_16_bytes(args.v_pages);
   const int64_t warps = params.num_tokens * params.num_kv_heads;
-  const char* expression = element_size(args.k.dtype) == 2 ? "kvk::device::append_kv_kernel<2>"
-                                                           : "kvk::device::append_kv_kernel<4>";
+  const char* expression =
+      element_size(args.k.dtype) == 2 ? "kvk::device::append_kv_kernel<2>" : "kvk::device::append_kv_kernel<4>";
   launch(launcher, {"kvk/device/append_kv.cuh", expression},
          {static_cast<uint32_t>(device::ceil_div<int64_t>(warps, 4)), 1, 1}, 128, 0, params);
 }

@@ -13,7 +13,8 @@ class ContextWorkspace final : public Workspace {
   ContextWorkspace(const char* op, Device device, const Context& context)
       : op_(op), device_(device), context_(context) {}
   void* allocate(int64_t bytes) override {
-    if (context_.allocator == nullptr) fail(op_, "needs ", bytes, " bytes on the card, and the context has no allocator");
+    if (context_.allocator == nullptr)
+      fail(op_, "needs ", bytes, " bytes on the card, and the context has no allocator");
     return context_.allocator->allocate(device_, bytes);
   }
 

@@ -18,7 +18,8 @@ class Workspace {
   virtual void* allocate(int64_t bytes) = 0;
 };
 
-void launch_paged_attention(const PagedProblem& problem, int64_t list_entries, Launcher& launcher, Workspace& workspace);
+void launch_paged_attention(const PagedProblem& problem, int64_t list_entries, Launcher& launcher,
+                            Workspace& workspace);
 void launch_append_kv(const AppendKvArgs& args, Launcher& launcher);
 void launch_merge_states(const MergeStatesArgs& args, Launcher& launcher);
 void launch_merge_states_backward(const MergeStatesBackwardArgs& args, Launcher& launcher);

@@ -16,12 +16,13 @@ struct Dim3 {
 
 // One instantiation of a kernel template. Every kernel takes exactly one argument, its struct of parameters.
 struct Kernel {
-  const char* header;      // under include/, e.g. "kvk/device/paged_decode.cuh"
-  std::string expression;  // e.g. "kvk::device::paged_decode_kernel<kvk::device::DecodeConfig<128, 128, 4, kvk::device::bf16>>"
+  const char* header;  // under include/, e.g. "kvk/device/paged_decode.cuh"
+  std::string
+      expression;  // e.g. "kvk::device::paged_decode_kernel<kvk::device::DecodeConfig<128, 128, 4, kvk::device::bf16>>"
 };
 
 struct DeviceProperties {
-  int arch = 0;                  // compute capability, e.g. 90
+  int arch = 0;  // compute capability, e.g. 90
   int num_sms = 0;
   int max_shared_per_block = 0;  // bytes, with opt-in
 };

@@ -17,7 +17,8 @@ void launch_rows(const char* name, const Tensor& parts, Launcher& launcher, Para
   params.num_heads = parts.shape[2];
   params.head_dim = parts.shape[3];
   const int64_t warps = params.num_tokens * params.num_heads;
-  launch(launcher, {"kvk/device/merge_states.cuh", std::string("kvk::device::") + name + "<" + kernel_type(parts.dtype) + ">"},
+  launch(launcher,
+         {"kvk/device/merge_states.cuh", std::string("kvk::device::") + name + "<" + kernel_type(parts.dtype) + ">"},
          {static_cast<uint32_t>(device::ceil_div<int64_t>(warps, 4)), 1, 1}, 128, 0, params);
 }
 

@@ -36,10 +36,12 @@ std::string instance(const char* name, DType dtype, Args... args) {
 }
 
 std::string decode_kernel(DType dtype, int head_dim, int head_dim_v, int halves, uint32_t parts) {
-  return "kvk::device::paged_decode_kernel<" + instance("PagedDecodeConfig", dtype, head_dim, head_dim_v, halves, parts) + ">";
+  return "kvk::device::paged_decode_kernel<" +
+         instance("PagedDecodeConfig", dtype, head_dim, head_dim_v, halves, parts) + ">";
 }
 std::string prefill_kernel(DType dtype, int head_dim, int head_dim_v, uint32_t parts) {
-  return "kvk::device::paged_prefill_kernel<" + instance("PagedPrefillConfig", dtype, head_dim, head_dim_v, parts) + ">";
+  return "kvk::device::paged_prefill_kernel<" + instance("PagedPrefillConfig", dtype, head_dim, head_dim_v, parts) +
+         ">";
 }
 
 // Streamed requests: those of few rows per kv head, split over blocks.
@@ -53,8 +55,8 @@ void launch_streamed(const PagedProblem& p, int64_t list_entries, Launcher& laun
 
   int64_t most_keys = list_entries * p.page_size;
   if (p.window_left >= 0) most_keys = std::min(most_keys, p.window_left + device::kStreamRows);
-  params.split_slots = static_cast<int32_t>(
-      std::min<int64_t>(device::kMaxSplits, device::ceil_div<int64_t>(std::max<int64_t>(1, most_keys), device::kMinSplitKeys)));
+  params.split_slots = static_cast<int32_t>(std::min<int64_t>(
+      device::kMaxSplits, device::ceil_div<int64_t>(std::max<int64_t>(1, most_keys), device::kMinSplitKeys)));
 
   const int64_t rows = int64_t{p.num_requests} * p.num_kv_heads * params.partial_rows;
   if (params.split_slots > 1) {
@@ -109,7 +111,8 @@ std::vector<Kernel> default_kernels() {
   std::vector<Kernel> kernels;
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const int head_dim : {64, 128, 256}) {
-      for (const int halves : {1, 2}) kernels.push_back({kDecodeHeader, decode_kernel(dtype, head_dim, head_dim, halves, 0)});
+      for (const int halves : {1, 2})
+        kernels.push_back({kDecodeHeader, decode_kernel(dtype, head_dim, head_dim, halves, 0)});
       kernels.push_back({kDecodeHeader, instance("merge_splits_kernel", dtype, head_dim)});
       kernels.push_back({kPrefillHeader, prefill_kernel(dtype, head_dim, head_dim, 0)});
       kernels.push_back({kPrefillHeader, instance("clear_unowned_kernel", dtype, head_dim)});

@@ -26,16 +26,22 @@ void paged_decode_out(TorchTensor q, TorchTensor k_pages, TorchTensor v_pages, T
                       TorchTensor kv_lens, MaybeTensor page_indptr, std::optional<double> softmax_scale,
                       int64_t window_left, double logits_soft_cap, MaybeTensor alibi_slopes, MaybeTensor sinks,
                       MaybeTensor key_bias, TorchTensor out, TorchTensor lse) {
-  paged_decode({view(q), view(k_pages), view(v_pages), {view(page_indices), view(page_indptr), view(kv_lens)},
-                score_options(softmax_scale, window_left, logits_soft_cap, alibi_slopes, sinks, key_bias), view(out),
+  paged_decode({view(q),
+                view(k_pages),
+                view(v_pages),
+                {view(page_indices), view(page_indptr), view(kv_lens)},
+                score_options(softmax_scale, window_left, logits_soft_cap, alibi_slopes, sinks, key_bias),
+                view(out),
                 view(lse)},
                TorchContext(q));
 }
 
-std::tuple<TorchTensor, TorchTensor> paged_decode_new(
-    TorchTensor q, TorchTensor k_pages, TorchTensor v_pages, TorchTensor page_indices, TorchTensor kv_lens,
-    MaybeTensor page_indptr, std::optional<double> softmax_scale, int64_t window_left, double logits_soft_cap,
-    MaybeTensor alibi_slopes, MaybeTensor sinks, MaybeTensor key_bias) {
+std::tuple<TorchTensor, TorchTensor> paged_decode_new(TorchTensor q, TorchTensor k_pages, TorchTensor v_pages,
+                                                      TorchTensor page_indices, TorchTensor kv_lens,
+                                                      MaybeTensor page_indptr, std::optional<double> softmax_scale,
+                                                      int64_t window_left, double logits_soft_cap,
+                                                      MaybeTensor alibi_slopes, MaybeTensor sinks,
+                                                      MaybeTensor key_bias) {
   require_rank("paged_decode", q, "q", 3, "[B, Hq, D]");
   require_rank("paged_decode", v_pages, "v_pages", 4, "[N, P, Hkv, Dv]");
   TorchTensor out = new_tensor(q, {q.size(0), q.size(1), v_pages.size(3)}, q.scalar_type());
@@ -50,18 +56,27 @@ void paged_prefill_out(TorchTensor q, TorchTensor qo_indptr, TorchTensor k_pages
                        std::optional<double> softmax_scale, int64_t window_left, double logits_soft_cap,
                        MaybeTensor alibi_slopes, MaybeTensor sinks, MaybeTensor key_bias, MaybeTensor mask_bits,
                        int64_t mask_width, TorchTensor out, TorchTensor lse) {
-  paged_prefill({view(q), view(qo_indptr), view(k_pages), view(v_pages),
+  paged_prefill({view(q),
+                 view(qo_indptr),
+                 view(k_pages),
+                 view(v_pages),
                  {view(page_indices), view(page_indptr), view(kv_lens)},
-                 score_options(softmax_scale, window_left, logits_soft_cap, alibi_slopes, sinks, key_bias), causal,
-                 view(mask_bits), mask_width, view(out), view(lse)},
+                 score_options(softmax_scale, window_left, logits_soft_cap, alibi_slopes, sinks, key_bias),
+                 causal,
+                 view(mask_bits),
+                 mask_width,
+                 view(out),
+                 view(lse)},
                 TorchContext(q));
 }
 
-std::tuple<TorchTensor, TorchTensor> paged_prefill_new(
-    TorchTensor q, TorchTensor qo_indptr, TorchTensor k_pages, TorchTensor v_pages, TorchTensor page_indices,
-    TorchTensor kv_lens, MaybeTensor page_indptr, bool causal, std::optional<double> softmax_scale, int64_t window_left,
-    double logits_soft_cap, MaybeTensor alibi_slopes, MaybeTensor sinks, MaybeTensor key_bias, MaybeTensor mask_bits,
-    int64_t mask_width) {
+std::tuple<TorchTensor, TorchTensor> paged_prefill_new(TorchTensor q, TorchTensor qo_indptr, TorchTensor k_pages,
+                                                       TorchTensor v_pages, TorchTensor page_indices,
+                                                       TorchTensor kv_lens, MaybeTensor page_indptr, bool causal,
+                                                       std::optional<double> softmax_scale, int64_t window_left,
+                                                       double logits_soft_cap, MaybeTensor alibi_slopes,
+                                                       MaybeTensor sinks, MaybeTensor key_bias, MaybeTensor mask_bits,
+                                                       int64_t mask_width) {
   require_rank("paged_prefill", q, "q", 3, "[T, Hq, D]");
   require_rank("paged_prefill", v_pages, "v_pages", 4, "[N, P, Hkv, Dv]");
   TorchTensor out = new_tensor(q, {q.size(0), q.size(1), v_pages.size(3)}, q.scalar_type());
@@ -93,20 +108,20 @@ std::tuple<TorchTensor, TorchTensor> merge_states_grad(TorchTensor grad_out, Tor
   TorchTensor grad_parts =
       new_tensor(parts, {parts.size(0), parts.size(1), parts.size(2), parts.size(3)}, parts.scalar_type());
   TorchTensor grad_parts_lse = new_tensor(parts, {parts.size(0), parts.size(1), parts.size(2)}, ScalarType::Float);
-  merge_states_backward({view(grad_out), view(grad_lse), view(parts), view(parts_lse), view(grad_parts),
-                         view(grad_parts_lse)},
-                        TorchContext(parts));
+  merge_states_backward(
+      {view(grad_out), view(grad_lse), view(parts), view(parts_lse), view(grad_parts), view(grad_parts_lse)},
+      TorchContext(parts));
   return {grad_parts, grad_parts_lse};
 }
 
-#define KVK_SCORE_SCHEMA                                                                                     \
-  "float? softmax_scale=None, int window_left=-1, float logits_soft_cap=0.0, Tensor? alibi_slopes=None, "    \
+#define KVK_SCORE_SCHEMA                                                                                  \
+  "float? softmax_scale=None, int window_left=-1, float logits_soft_cap=0.0, Tensor? alibi_slopes=None, " \
   "Tensor? sinks=None, Tensor? key_bias=None"
-#define KVK_DECODE_SCHEMA                                                                                    \
-  "Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_indices, Tensor kv_lens, *, "                       \
+#define KVK_DECODE_SCHEMA                                                              \
+  "Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_indices, Tensor kv_lens, *, " \
   "Tensor? page_indptr=None, " KVK_SCORE_SCHEMA
-#define KVK_PREFILL_SCHEMA                                                                                   \
-  "Tensor q, Tensor qo_indptr, Tensor k_pages, Tensor v_pages, Tensor page_indices, Tensor kv_lens, *, "     \
+#define KVK_PREFILL_SCHEMA                                                                               \
+  "Tensor q, Tensor qo_indptr, Tensor k_pages, Tensor v_pages, Tensor page_indices, Tensor kv_lens, *, " \
   "Tensor? page_indptr=None, bool causal=True, " KVK_SCORE_SCHEMA ", Tensor? mask_bits=None, int mask_width=-1"
 #define KVK_OUT_SCHEMA ", Tensor(a!) out, Tensor(b!) lse) -> ()"
 
@@ -120,7 +135,8 @@ KVK_LIBRARY(KVK_NAMESPACE, m) {
   m.def("append_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot_mapping) -> ()");
   m.def("merge_states(Tensor out, Tensor lse) -> (Tensor merged_out, Tensor merged_lse)");
   m.def("merge_states.out(Tensor out, Tensor lse, *, Tensor(a!) merged_out, Tensor(b!) merged_lse) -> ()");
-  m.def("merge_states_backward(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse) -> (Tensor grad, Tensor grad_of_lse)");
+  m.def(
+      "merge_states_backward(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse) -> (Tensor grad, Tensor grad_of_lse)");
 }
 
 // The same functions serve both devices: the C++ face looks at the tensors.

@@ -96,7 +96,8 @@ std::string default_kernels() {
   std::ostringstream json;
   const char* separator = "[";
   for (const cuda::Kernel& kernel : cuda::default_kernels()) {
-    json << separator << "{\"header\": " << quoted(kernel.header) << ", \"expression\": " << quoted(kernel.expression) << "}";
+    json << separator << "{\"header\": " << quoted(kernel.header) << ", \"expression\": " << quoted(kernel.expression)
+         << "}";
     separator = ", ";
   }
   return json.str() + "]";

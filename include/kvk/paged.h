@@ -75,12 +75,12 @@ struct MergeStatesArgs {
 
 // Gradient of merge_states, from its inputs and the gradients of its outputs.
 struct MergeStatesBackwardArgs {
-  Tensor grad_out;         // [T, H, D], the dtype of parts
-  Tensor grad_lse;         // f32 [T, H]
-  Tensor parts;            // [n, T, H, D]
-  Tensor parts_lse;        // f32 [n, T, H]
-  Tensor grad_parts;       // [n, T, H, D], written
-  Tensor grad_parts_lse;   // f32 [n, T, H], written
+  Tensor grad_out;        // [T, H, D], the dtype of parts
+  Tensor grad_lse;        // f32 [T, H]
+  Tensor parts;           // [n, T, H, D]
+  Tensor parts_lse;       // f32 [n, T, H]
+  Tensor grad_parts;      // [n, T, H, D], written
+  Tensor grad_parts_lse;  // f32 [n, T, H], written
 };
 
 KVK_API void paged_decode(const PagedDecodeArgs& args, const Context& context = {});

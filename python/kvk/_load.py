@@ -1,6 +1,7 @@
 """Loads libkvk.so, once, and refuses a namespace that another library has already defined.
 
-Two libraries that define one torch namespace end the process (a segmentation fault inside torch), so the loader asks first.
+Two libraries that define one torch namespace end the process (a segmentation fault inside torch), so the loader asks
+first.
 """
 
 from __future__ import annotations
@@ -34,8 +35,12 @@ def load(path: str | None = None) -> None:
     if version < _MINIMUM_TORCH:
         raise ImportError(f"kvk needs torch 2.10 or later, found {torch.__version__}")
     if torch._C._dispatch_has_kernel(f"{NAMESPACE}::paged_decode"):
-        raise ImportError(f"torch.ops.{NAMESPACE} is already defined by {_loaded or 'another library'}; not loading {path}")
+        raise ImportError(
+            f"torch.ops.{NAMESPACE} is already defined by {_loaded or 'another library'}; not loading {path}"
+        )
     if not os.path.exists(path):
-        raise ImportError(f"kvk: {path} does not exist; build it with `pip install .` or, in a checkout, `make build`")
+        raise ImportError(
+            f"kvk: {path} does not exist; build it with `pip install .` or, in a checkout, `make build`"
+        )
     torch.ops.load_library(path)
     _loaded = path

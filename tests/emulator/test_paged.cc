@@ -20,8 +20,8 @@ class EmulatedLauncher final : public cuda::Launcher, public cuda::Workspace {
   const cuda::DeviceProperties& properties() const override { return properties_; }
   void launch(const cuda::Kernel& kernel, cuda::Dim3 grid, cuda::Dim3 block, size_t shared_bytes, const void* params,
               size_t params_size) override {
-    emu::launch_by_name(kernel.expression, {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes}, params,
-                        params_size);
+    emu::launch_by_name(kernel.expression, {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
+                        params, params_size);
   }
   void* allocate(int64_t bytes) override {
     buffers_.emplace_back(static_cast<size_t>(bytes), "workspace");
@@ -66,9 +66,10 @@ void compare(const PagedPrefillArgs& a, const std::string& what) {
   int64_t owned = 0;
   const auto row = [&](int64_t token, int64_t h, const test::Row& want) {
     const auto error = [](double got, double x) {
-      return std::isnan(x) ? (std::isnan(got) ? 0 : INFINITY)
-             : std::isinf(x) ? (got == x ? 0 : INFINITY)
-             : std::isnan(got) ? INFINITY : std::fabs(got - x);
+      return std::isnan(x)     ? (std::isnan(got) ? 0 : INFINITY)
+             : std::isinf(x)   ? (got == x ? 0 : INFINITY)
+             : std::isnan(got) ? INFINITY
+                               : std::fabs(got - x);
     };
     worst = std::max(worst, error(test::element(a.lse, {token, h}), want.lse) * 10);
     for (size_t d = 0; d < want.out.size(); ++d) {
@@ -94,8 +95,8 @@ void run(const std::string& what, const test::Spec& spec, int64_t nan_key = -1) 
   test::Case c(spec, 7);
   if (nan_key >= 0) {
     const Tensor& v = c.args.v_pages;
-    const int64_t page = test::naive_page(c.args.table, static_cast<int64_t>(spec.lens.size()), v.shape[2], 0, 0,
-                                          nan_key / v.shape[1]);
+    const int64_t page =
+        test::naive_page(c.args.table, static_cast<int64_t>(spec.lens.size()), v.shape[2], 0, 0, nan_key / v.shape[1]);
     char* at = v.ptr<char>() + (page * v.stride[0] + nan_key % v.shape[1] * v.stride[1]) * element_size(v.dtype);
     const uint16_t nan = 0x7fff;
     std::memcpy(at + 2 * element_size(v.dtype), &nan, sizeof nan);
@@ -115,9 +116,8 @@ void run(const std::string& what, const test::Spec& spec, int64_t nan_key = -1) 
 
   EmulatedLauncher launcher;
   const PagedProblem problem =
-      spec.is_decode()
-          ? check_paged_decode({on.q, on.k_pages, on.v_pages, on.table, on.score, on.out, on.lse})
-          : check_paged_prefill(on);
+      spec.is_decode() ? check_paged_decode({on.q, on.k_pages, on.v_pages, on.table, on.score, on.out, on.lse})
+                       : check_paged_prefill(on);
   const Tensor& indices = on.table.page_indices;
   cuda::launch_paged_attention(problem, indices.shape[indices.ndim - 1], launcher, launcher);
 
@@ -140,40 +140,99 @@ using test::Spec;
 using test::Table;
 
 void decode_cases() {
-  run("decode bf16 8/2 heads, 1 to 3 splits, an empty request",
-      {.dtype = DType::bf16, .num_heads = 8, .num_kv_heads = 2, .head_dim = 128, .head_dim_v = 128,
-       .lens = {0, 1, 77, 1300, 512, 513}});
-  run("decode f16 7/1 heads, D 64 and 40, page 5, every option, CSR",
-      {.dtype = DType::f16, .num_heads = 7, .num_kv_heads = 1, .head_dim = 64, .head_dim_v = 40, .page_size = 5,
-       .lens = {3, 700, 0, 130}, .table = Table::csr, .window_left = 600, .logits_soft_cap = 5, .alibi = true,
-       .sinks = true, .key_bias = true});
-  run("decode bf16 24/2 heads, D 72 and 96, lists per head, HND",
-      {.dtype = DType::bf16, .num_heads = 24, .num_kv_heads = 2, .head_dim = 72, .head_dim_v = 96, .page_size = 7,
-       .lens = {90, 530}, .table = Table::per_head, .heads_first = true});
-  run("decode f16 20/1 heads: two tiles of query heads, page 1, window",
-      {.dtype = DType::f16, .num_heads = 20, .num_kv_heads = 1, .head_dim = 32, .head_dim_v = 32, .page_size = 1,
-       .lens = {200, 1, 700}, .window_left = 99});
+  run("decode bf16 8/2 heads, 1 to 3 splits, an empty request", {.dtype = DType::bf16,
+                                                                 .num_heads = 8,
+                                                                 .num_kv_heads = 2,
+                                                                 .head_dim = 128,
+                                                                 .head_dim_v = 128,
+                                                                 .lens = {0, 1, 77, 1300, 512, 513}});
+  run("decode f16 7/1 heads, D 64 and 40, page 5, every option, CSR", {.dtype = DType::f16,
+                                                                       .num_heads = 7,
+                                                                       .num_kv_heads = 1,
+                                                                       .head_dim = 64,
+                                                                       .head_dim_v = 40,
+                                                                       .page_size = 5,
+                                                                       .lens = {3, 700, 0, 130},
+                                                                       .table = Table::csr,
+                                                                       .window_left = 600,
+                                                                       .logits_soft_cap = 5,
+                                                                       .alibi = true,
+                                                                       .sinks = true,
+                                                                       .key_bias = true});
+  run("decode bf16 24/2 heads, D 72 and 96, lists per head, HND", {.dtype = DType::bf16,
+                                                                   .num_heads = 24,
+                                                                   .num_kv_heads = 2,
+                                                                   .head_dim = 72,
+                                                                   .head_dim_v = 96,
+                                                                   .page_size = 7,
+                                                                   .lens = {90, 530},
+                                                                   .table = Table::per_head,
+                                                                   .heads_first = true});
+  run("decode f16 20/1 heads: two tiles of query heads, page 1, window", {.dtype = DType::f16,
+                                                                          .num_heads = 20,
+                                                                          .num_kv_heads = 1,
+                                                                          .head_dim = 32,
+                                                                          .head_dim_v = 32,
+                                                                          .page_size = 1,
+                                                                          .lens = {200, 1, 700},
+                                                                          .window_left = 99});
 }
 
 void prefill_cases() {
   run("prefill bf16 4/2 heads: tiled and streamed requests, one without tokens, rows of no request",
-      {.dtype = DType::bf16, .num_heads = 4, .num_kv_heads = 2, .head_dim = 64, .head_dim_v = 64,
-       .lens = {100, 600, 200, 5, 330}, .tokens = {100, 1, 3, 0, 140}, .unowned_tokens = 3});
-  run("prefill bf16, more tokens than keys, not causal next",
-      {.dtype = DType::bf16, .num_heads = 4, .num_kv_heads = 2, .head_dim = 64, .head_dim_v = 64, .lens = {10, 0},
-       .tokens = {40, 9}});
-  run("prefill bf16 not causal, window, lists per head",
-      {.dtype = DType::bf16, .num_heads = 4, .num_kv_heads = 2, .head_dim = 64, .head_dim_v = 64, .lens = {150},
-       .tokens = {70}, .table = Table::csr_per_head, .causal = false, .window_left = 60});
-  run("prefill f16, every option and tree masks, tiled and streamed",
-      {.dtype = DType::f16, .num_heads = 6, .num_kv_heads = 2, .head_dim = 32, .head_dim_v = 48, .page_size = 3,
-       .lens = {90, 70, 300}, .tokens = {33, 5, 40}, .window_left = 80, .logits_soft_cap = 3, .alibi = true,
-       .sinks = true, .key_bias = true, .mask_bits = true});
-  run("prefill bf16 D 160: one row tile a warp",
-      {.dtype = DType::bf16, .num_heads = 3, .num_kv_heads = 1, .head_dim = 160, .head_dim_v = 160, .lens = {230},
-       .tokens = {50}});
-  const Spec causal = {.dtype = DType::bf16, .num_heads = 4, .num_kv_heads = 2, .head_dim = 64, .head_dim_v = 64,
-                       .lens = {80}, .tokens = {60}};
+      {.dtype = DType::bf16,
+       .num_heads = 4,
+       .num_kv_heads = 2,
+       .head_dim = 64,
+       .head_dim_v = 64,
+       .lens = {100, 600, 200, 5, 330},
+       .tokens = {100, 1, 3, 0, 140},
+       .unowned_tokens = 3});
+  run("prefill bf16, more tokens than keys, not causal next", {.dtype = DType::bf16,
+                                                               .num_heads = 4,
+                                                               .num_kv_heads = 2,
+                                                               .head_dim = 64,
+                                                               .head_dim_v = 64,
+                                                               .lens = {10, 0},
+                                                               .tokens = {40, 9}});
+  run("prefill bf16 not causal, window, lists per head", {.dtype = DType::bf16,
+                                                          .num_heads = 4,
+                                                          .num_kv_heads = 2,
+                                                          .head_dim = 64,
+                                                          .head_dim_v = 64,
+                                                          .lens = {150},
+                                                          .tokens = {70},
+                                                          .table = Table::csr_per_head,
+                                                          .causal = false,
+                                                          .window_left = 60});
+  run("prefill f16, every option and tree masks, tiled and streamed", {.dtype = DType::f16,
+                                                                       .num_heads = 6,
+                                                                       .num_kv_heads = 2,
+                                                                       .head_dim = 32,
+                                                                       .head_dim_v = 48,
+                                                                       .page_size = 3,
+                                                                       .lens = {90, 70, 300},
+                                                                       .tokens = {33, 5, 40},
+                                                                       .window_left = 80,
+                                                                       .logits_soft_cap = 3,
+                                                                       .alibi = true,
+                                                                       .sinks = true,
+                                                                       .key_bias = true,
+                                                                       .mask_bits = true});
+  run("prefill bf16 D 160: one row tile a warp", {.dtype = DType::bf16,
+                                                  .num_heads = 3,
+                                                  .num_kv_heads = 1,
+                                                  .head_dim = 160,
+                                                  .head_dim_v = 160,
+                                                  .lens = {230},
+                                                  .tokens = {50}});
+  const Spec causal = {.dtype = DType::bf16,
+                       .num_heads = 4,
+                       .num_kv_heads = 2,
+                       .head_dim = 64,
+                       .head_dim_v = 64,
+                       .lens = {80},
+                       .tokens = {60}};
   run("prefill: a NaN value reaches only the rows that read it", causal, 50);
   Spec few = causal;
   few.tokens = {4};

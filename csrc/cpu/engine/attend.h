@@ -17,13 +17,13 @@ namespace kvk::cpu::KVK_LEVEL {
 // A worker's memory for one item, carved from one aligned buffer.
 struct Scratch {
   int ldq, ldo, rows;
-  float* q;                 // [rows, ldq] fp32
-  float* out;               // [rows, ldo] running output
-  float* s;                 // [rows, kBlockKeys] scores, then weights
-  float* scale;             // [rows] factor of the running output in this block
-  SoftmaxRow* state;        // [rows]
-  float* k_panels;          // [kBlockKeys / kPanelWidth][head_dim][kPanelWidth], panel tiles only
-  float* v_panels;          // [ldo / kPanelWidth][kValuePanel]: [kBlockKeys][kPanelWidth] and a gap, panel tiles only
+  float* q;           // [rows, ldq] fp32
+  float* out;         // [rows, ldo] running output
+  float* s;           // [rows, kBlockKeys] scores, then weights
+  float* scale;       // [rows] factor of the running output in this block
+  SoftmaxRow* state;  // [rows]
+  float* k_panels;    // [kBlockKeys / kPanelWidth][head_dim][kPanelWidth], panel tiles only
+  float* v_panels;    // [ldo / kPanelWidth][kValuePanel]: [kBlockKeys][kPanelWidth] and a gap, panel tiles only
 
   // Lays the parts out from base (null: only counts). Returns the bytes used.
   int64_t carve(char* base, const PagedProblem& p, int num_rows, bool panels) {
@@ -155,8 +155,7 @@ class Attention {
       } else {
         rows[i ^ 1].count = 0;
       }
-      Prefetcher ahead_k =
-          format_.prefetch_k(rows[i ^ 1], fetch, tile_.head_begin, tile_.head_end, rows_per_head_);
+      Prefetcher ahead_k = format_.prefetch_k(rows[i ^ 1], fetch, tile_.head_begin, tile_.head_end, rows_per_head_);
       for (int h = 0; h < heads_; ++h) {
         const int head = tile_.head_begin + h, row = h * rows_per_head_;
         const bool hidden = weigh(block, head, row);

@@ -106,8 +106,7 @@ class DensePages {
     int count = 0;
   };
 
-  explicit DensePages(const PagedProblem& p)
-      : k_(p.k), v_(p.v), head_dim_(p.head_dim), head_dim_v_(p.head_dim_v) {}
+  explicit DensePages(const PagedProblem& p) : k_(p.k), v_(p.v), head_dim_(p.head_dim), head_dim_v_(p.head_dim_v) {}
 
   void locate(const KeyBlock& block, Rows& rows) const {
     rows.count = block.count;
@@ -128,7 +127,7 @@ class DensePages {
     return prefetch(rows.v, rows.count, v_, head_dim_v_, scratch, begin, end, kKeyStep * lines(head_dim_v_));
   }
   Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
-    const int width = (num_rows == 1 ? kVecs<1> : kVecs<4>) * W;
+    const int width = (num_rows == 1 ? kVecs<1> : kVecs<4>)*W;
     const int columns = (head_dim_v_ + width - 1) / width * ((num_rows + 3) / 4);
     return prefetch(rows.k, rows.count, k_, head_dim_, scratch, begin, end, (lines(head_dim_) + columns - 1) / columns);
   }
@@ -220,9 +219,14 @@ class DensePages {
 
   // Register blocks: 8 accumulators hide the latency of the multiply-add; 16 where there are 32 registers.
   template <int R>
-  static constexpr int kKeys = R == 1 ? 8 : kManyRegisters ? 4 : R == 4 ? 2 : 4;
+  static constexpr int kKeys = R == 1           ? 8
+                               : kManyRegisters ? 4
+                               : R == 4         ? 2
+                                                : 4;
   template <int R>
-  static constexpr int kVecs = kManyRegisters ? 4 : R == 1 ? 4 : 2;
+  static constexpr int kVecs = kManyRegisters ? 4
+                               : R == 1       ? 4
+                                              : 2;
 
   static int64_t v_offset(int column) { return int64_t{column / kPanelWidth} * kValuePanel + column % kPanelWidth; }
 

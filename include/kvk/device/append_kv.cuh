@@ -40,7 +40,8 @@ append_kv_kernel(const __grid_constant__ AppendKvParams p) {
   copy_row<kBytes>(static_cast<const char*>(p.k.data) + from_k * kBytes,
                    static_cast<char*>(const_cast<void*>(p.k_pages.data)) + to_k * kBytes, p.head_dim, p.vectors, lane);
   copy_row<kBytes>(static_cast<const char*>(p.v.data) + from_v * kBytes,
-                   static_cast<char*>(const_cast<void*>(p.v_pages.data)) + to_v * kBytes, p.head_dim_v, p.vectors, lane);
+                   static_cast<char*>(const_cast<void*>(p.v_pages.data)) + to_v * kBytes, p.head_dim_v, p.vectors,
+                   lane);
 }
 
 }  // namespace kvk::device

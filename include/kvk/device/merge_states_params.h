@@ -18,7 +18,7 @@ struct MergeStatesParams {
 };
 
 struct MergeStatesBackwardParams {
-  PartsView grad_out, grad_lse;      // of the merged out and lse; without part_stride
+  PartsView grad_out, grad_lse;  // of the merged out and lse; without part_stride
   PartsView parts, parts_lse;
   PartsView grad_parts, grad_parts_lse;  // written
   int64_t num_parts, num_tokens, num_heads, head_dim;

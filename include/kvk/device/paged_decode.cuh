@@ -80,8 +80,8 @@ class DecodeRows {
   }
 
   // One tile of 16 keys, the first of them at position `first`.
-  KVK_DEVICE void attend(const PagedItem<Config::kParts>& item, const RowMask<Config::kParts> (&masks)[2], int32_t first, const T* k,
-                         const T* v, const float* bias) {
+  KVK_DEVICE void attend(const PagedItem<Config::kParts>& item, const RowMask<Config::kParts> (&masks)[2],
+                         int32_t first, const T* k, const T* v, const float* bias) {
     float s[2][4] = {};
     scores(k, s);
     bool hidden = false;  // some row does not see a key that another may see
@@ -146,7 +146,7 @@ class DecodeRows {
       for (int step = 0; step < kSteps; ++step) score_step(q_[step], k, step, s);
     } else {
       KVK_NO_UNROLL  // the output takes the registers
-      for (int step = 0; step < kSteps; ++step) {
+          for (int step = 0; step < kSteps; ++step) {
         uint32_t a[4];
         ptx::ldmatrix(a, query_row(step));
         score_step(a, k, step, s);

@@ -20,10 +20,10 @@ struct KeyPlace {
 template <uint32_t kParts>
 struct PagedItem {
   int32_t request, kv_head;
-  int32_t first_row, rows;         // rows [first_row, first_row + rows) of the request
+  int32_t first_row, rows;  // rows [first_row, first_row + rows) of the request
   int32_t num_tokens;
-  int32_t len, begin, end;         // keys of the request; keys [begin, end) of this split
-  int64_t token;                   // first row of q of the request
+  int32_t len, begin, end;  // keys of the request; keys [begin, end) of this split
+  int64_t token;            // first row of q of the request
   const int32_t* pages;
 
   KVK_DEVICE int32_t token_of(const PagedProblem& p, int row) const { return (first_row + row) / p.group; }

@@ -58,7 +58,8 @@ class PrefillRows {
         for (int n = 0; n < kTilesV; ++n) {
           const int column = n * 8 + lane() % 4 * 2;
           if (column >= Config::kHeadDimV) continue;
-          const float zero = end.factor == 0.0f ? 0.0f : 1.0f;  // a row without keys is 0 whatever its accumulators hold
+          const float zero =
+              end.factor == 0.0f ? 0.0f : 1.0f;  // a row without keys is 0 whatever its accumulators hold
           out[column] = from_float<T>(zero == 0.0f ? 0.0f : out_[tile][n][half * 2] * end.factor);
           out[column + 1] = from_float<T>(zero == 0.0f ? 0.0f : out_[tile][n][half * 2 + 1] * end.factor);
         }
@@ -130,8 +131,9 @@ class PrefillRows {
             const bool seen = inside && row_mask.sees(p_, key);
             hidden |= inside && !seen;
             const float bias = kParts & kKeyBias ? places[column].bias : 0.0f;
-            s[tile][n][i] = seen ? score_(s[tile][n][i], row_mask.slope, static_cast<float>(row_mask.distance(key)), bias)
-                                 : -kInfinity;
+            s[tile][n][i] =
+                seen ? score_(s[tile][n][i], row_mask.slope, static_cast<float>(row_mask.distance(key)), bias)
+                     : -kInfinity;
           }
         }
       }
@@ -171,8 +173,8 @@ class PrefillRows {
       uint32_t a[kRowTiles][4];
       KVK_UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile) {
-        const float(&left)[4] = s[tile][step * 2];
-        const float(&right)[4] = s[tile][step * 2 + 1];
+        const float (&left)[4] = s[tile][step * 2];
+        const float (&right)[4] = s[tile][step * 2 + 1];
         a[tile][0] = pack2<T>(left[0], left[1]);
         a[tile][1] = pack2<T>(left[2], left[3]);
         a[tile][2] = pack2<T>(right[0], right[1]);
@@ -195,7 +197,7 @@ class PrefillRows {
   // does not read that key. Weight (row, key) is in the quad lane of that key's column.
   KVK_DEVICE void accumulate_seen(const Scores& s, const T* v) {
     KVK_UNROLL  // registers have no addresses: the tile of keys is picked at compile time
-    for (int n = 0; n < kKeyTiles; ++n) {
+        for (int n = 0; n < kKeyTiles; ++n) {
       KVK_NO_UNROLL
       for (int column = 0; column < 8; ++column) {
         const T* from = v + (n * 8 + column) * Config::kPitchV + lane() % 4 * 2;
@@ -342,7 +344,7 @@ class PrefillBlock {
   }
 
   template <int kUsed, int kPadded, int kPitch>
-  KVK_DEVICE static void copy(T* to, const T* from, const KeyPlace* places, int64_t KeyPlace::*offset) {
+  KVK_DEVICE static void copy(T* to, const T* from, const KeyPlace* places, int64_t KeyPlace::* offset) {
     constexpr int kChunks = kPadded / 8;
     KVK_NO_UNROLL
     for (int i = threadIdx.x; i < Config::kKeys * kChunks; i += Config::kThreads) {

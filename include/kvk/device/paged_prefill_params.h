@@ -17,9 +17,9 @@ struct PagedPrefillShape {
 
   int dim, dim_v;      // mma works on 16 columns at a time; the padding is filled with zeros
   int pitch, pitch_v;  // of a row in shared memory, elements; keeps ldmatrix free of bank conflicts
-  int row_tiles;       // of 16 rows, of a warp. Two halve what a warp reads of K and V from shared memory per multiply-add;
-                       // with wide values the output of one already takes 128 registers
-  int rows, keys;      // of a block. Up to head dim 128 two blocks fit beside each other (105 KiB each)
+  int row_tiles;   // of 16 rows, of a warp. Two halve what a warp reads of K and V from shared memory per multiply-add;
+                   // with wide values the output of one already takes 128 registers
+  int rows, keys;  // of a block. Up to head dim 128 two blocks fit beside each other (105 KiB each)
 
   KVK_HOST_DEVICE constexpr PagedPrefillShape(int head_dim, int head_dim_v)
       : dim(round_up(head_dim, 16)), dim_v(round_up(head_dim_v, 16)), pitch(dim + 8), pitch_v(dim_v + 8),
@@ -31,7 +31,8 @@ struct PagedPrefillShape {
 
   // In the order in which the kernel takes its parts; all are multiples of 16 bytes.
   KVK_HOST_DEVICE constexpr size_t shared_bytes() const {
-    return (query_elements() + kStages * (k_elements() + v_elements())) * 2 + size_t(kStages) * keys * kPlaceBytes + kItemBytes;
+    return (query_elements() + kStages * (k_elements() + v_elements())) * 2 + size_t(kStages) * keys * kPlaceBytes +
+           kItemBytes;
   }
 };
 

@@ -6,8 +6,8 @@
 
 namespace kvk::device {
 
-inline constexpr int32_t kMaxSplits = 64;        // enough to fill a card at batch 1; bounds the partial results
-inline constexpr int32_t kMinSplitKeys = 512;    // a partial result then costs under 2% of reading the keys
+inline constexpr int32_t kMaxSplits = 64;      // enough to fill a card at batch 1; bounds the partial results
+inline constexpr int32_t kMinSplitKeys = 512;  // a partial result then costs under 2% of reading the keys
 inline constexpr int32_t kSplitMultiple = 64;
 
 struct Splits {

@@ -101,12 +101,12 @@ def paged_prefill(
 
     Args:
         q: [T, Hq, D], the tokens of all requests one after another.
-        qo_indptr: int32 [B + 1], request b's tokens are q[qo_indptr[b]:qo_indptr[b + 1]]; rows past the last entry belong
-            to no request and give out 0, lse -inf.
+        qo_indptr: int32 [B + 1], request b's tokens are q[qo_indptr[b]:qo_indptr[b + 1]]; rows past the last
+            entry belong to no request and give out 0, lse -inf.
         causal: token i of a request's n sees keys up to kv_len - n + i (bottom-right alignment); False: all keys.
         window_left: w >= 0 hides keys more than w before the token's own position.
-        mask_bits: int32 [T, words], a tree mask over the request's last W keys: bit j of a row (bit j % 32 of word j // 32,
-            little-endian) is key kv_len - W + j; 0 hides it. It joins the causal mask and the window, by AND.
+        mask_bits: int32 [T, words], a tree mask over the request's last W keys: bit j of a row (bit j % 32 of word
+            j // 32, little-endian) is key kv_len - W + j; 0 hides it. It joins the causal mask and the window, by AND.
         mask_width: W; -1: the request's own number of tokens.
         out, lse: tensors to write into, [T, Hq, Dv] in q's dtype and float32 [T, Hq]; give both or none.
 
@@ -141,8 +141,8 @@ def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mappi
     Args:
         k: [T, Hkv, D]; v: [T, Hkv, Dv]; the pools' dtype, last stride 1.
         k_pages, v_pages: [N, P, Hkv, D] and [N, P, Hkv, Dv], written.
-        slot_mapping: int64 [T], page * P + offset of each token; a negative slot skips the token. Slots must differ: which
-            token wins a shared one is not defined.
+        slot_mapping: int64 [T], page * P + offset of each token; a negative slot skips the token. Slots must
+            differ: which token wins a shared one is not defined.
 
     Raises:
         RuntimeError: a wrong argument, or a slot past the pool's end; then nothing has been written.
@@ -155,8 +155,8 @@ def merge_states(
 ) -> tuple[Tensor, Tensor]:
     """Merges attention over disjoint parts of the keys into attention over all of them. Differentiable.
 
-    ``lse = log sum exp(lse_i)``, ``out = sum exp(lse_i - lse) out_i`` (FlashInfer's recursive attention). A part whose lse is
-    -inf, or +inf (what FlashAttention-2 writes for an empty row), saw no key and is not read.
+    ``lse = log sum exp(lse_i)``, ``out = sum exp(lse_i - lse) out_i`` (FlashInfer's recursive attention). A part
+    whose lse is -inf, or +inf (what FlashAttention-2 writes for an empty row), saw no key and is not read.
 
     Args:
         out: [n, T, H, D], float32, bfloat16 or float16, last stride 1.
@@ -176,8 +176,8 @@ def merge_states(
     return merged_out, merged_lse
 
 
-# The scalar defaults of the schemas. Arguments that a call leaves at their default are not handed to the dispatcher: parsing
-# each keyword costs it about half a microsecond.
+# The scalar defaults of the schemas. Arguments that a call leaves at their default are not handed to the dispatcher:
+# parsing each keyword costs it about half a microsecond.
 _DEFAULTS = {"causal": True, "window_left": -1, "logits_soft_cap": 0.0, "mask_width": -1}
 
 
@@ -201,9 +201,7 @@ def _check_devices(op: str, first: str, **tensors: Any) -> None:
     device = tensors[first].device
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.device != device:
-            raise RuntimeError(
-                f"kvk::{op}: {name} must be on {device} like {first}, got {tensor.device}"
-            )
+            raise RuntimeError(f"kvk::{op}: {name} must be on {device} like {first}, got {tensor.device}")
 
 
 def _attention_fake(q: Tensor, v_pages: Tensor) -> tuple[Tensor, Tensor]:

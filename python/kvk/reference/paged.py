@@ -67,7 +67,7 @@ def _visible(
     if causal:
         visible &= key_pos <= query_pos
     if window_left >= 0:
-        visible &= key_pos >= query_pos - window_left
+        visible &= query_pos - key_pos <= window_left
     if mask_bits is not None:
         width = num_queries if mask_width < 0 else mask_width
         covered = min(width, num_keys)  # bits that stand for keys before the first one mean nothing

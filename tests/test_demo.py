@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -24,11 +23,10 @@ from kvk.demo import measure, model, run, text
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_per_worker() -> Iterator[None]:
-    """Under pytest-xdist the workers share the cores: two threads in each would wait for one another."""
+def one_thread() -> Iterator[None]:
+    """Other tests may use the cores at the same time, and threads that wait for one another lose most of them then."""
     threads = torch.get_num_threads()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,15 +47,23 @@ def one_process_at_a_time() -> Iterator[None]:
         yield
 
 
+def cmake() -> str:
+    """The cmake that configured the build, since another one would build everything anew; else the nearest."""
+    cache = BUILD / "CMakeCache.txt"
+    known = (
+        re.search(r"^CMAKE_COMMAND:INTERNAL=(.*)$", cache.read_text(), re.MULTILINE)
+        if cache.exists()
+        else None
+    )
+    return known.group(1) if known and Path(known.group(1)).exists() else tool("cmake")
+
+
 def configure() -> list[str]:
     """Configures the build; returns the names of the tests it has."""
     with one_process_at_a_time():
-        ninja = (
-            ()
-            if (BUILD / "CMakeCache.txt").exists()
-            else ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
-        )
-        command(tool("cmake"), "-S", SOURCE, "-B", BUILD, *ninja)
+        fresh = not (BUILD / "CMakeCache.txt").exists()
+        generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}") if fresh else ()
+        command(cmake(), "-S", SOURCE, "-B", BUILD, *generator)
         listing = command(tool("ctest"), "--test-dir", BUILD, "--show-only=json-v1").stdout
     return [test["name"] for test in json.loads(listing)["tests"]]
 
@@ -63,7 +72,7 @@ def configure() -> list[str]:
 def programs() -> Path:
     """The folder with all programs built."""
     with one_process_at_a_time():
-        command(tool("cmake"), "--build", BUILD, "-j", str(min(4, os.cpu_count() or 1)))
+        command(cmake(), "--build", BUILD, "-j", str(min(4, os.cpu_count() or 1)))
     return BUILD
 
 

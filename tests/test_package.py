@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,12 @@ assert torch.allclose(lse, torch.tensor(32**0.5 + torch.tensor(5.0).log())), lse
 @dataclass
 class Wheel:
     path: Path
-    seconds: float
+    cpu_seconds: float
+
+
+def cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.fixture(scope="session")
@@ -51,12 +57,14 @@ def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Wheel:
     folder = tmp_path_factory.mktemp("wheel")
     run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder], cwd=sources)
     (sdist,) = folder.glob("kvk-*.tar.gz")
-    start = time.monotonic()
+    start, cpu_start = time.monotonic(), cpu_of_children()
     run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, sdist])
-    seconds = time.monotonic() - start
+    seconds, cpu_seconds = time.monotonic() - start, cpu_of_children() - cpu_start
     (path,) = folder.glob("*.whl")
-    print(f"\n{path.name}: {path.stat().st_size / 1e3:.0f} kB, built in {seconds:.0f} s")
-    return Wheel(path, seconds)
+    print(
+        f"\n{path.name}: {path.stat().st_size / 1e3:.0f} kB, {seconds:.0f} s, of which CPU {cpu_seconds:.0f} s"
+    )
+    return Wheel(path, cpu_seconds)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +100,8 @@ def test_wheel_is_small_quick_and_for_any_python(wheel: Wheel) -> None:
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.path.name == f"kvk-{api_version()}-py3-none-{platform}.whl"
     assert wheel.path.stat().st_size < 20e6
-    assert wheel.seconds < 180
+    # Three minutes, in CPU time: what else the machine does must not decide.
+    assert wheel.cpu_seconds < 180
 
 
 def test_wheel_holds_the_package(wheel: Wheel) -> None:

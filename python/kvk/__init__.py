@@ -11,11 +11,11 @@ from kvk import _load
 _load.load()
 
 from kvk import cuda  # noqa: E402
-from kvk.cache import PagedCache  # noqa: E402
+from kvk.cache import OutOfPagesError, PagedCache  # noqa: E402
 from kvk.cuda import precompile  # noqa: E402
 from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  # noqa: E402
 
 cuda.provide_nvrtc()
 
 __version__ = "0.1.0"
-__all__ = ["PagedCache", "append_kv", "merge_states", "paged_decode", "paged_prefill", "precompile"]
+__all__ = ["OutOfPagesError", "PagedCache", "append_kv", "merge_states", "paged_decode", "paged_prefill", "precompile"]

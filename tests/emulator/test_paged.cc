@@ -5,33 +5,10 @@
 #include "core/paged_check.h"
 #include "cpp/paged_case.h"
 #include "cuda/launch.h"
-#include "emulator/harness.h"
+#include "emulator/emulated_launcher.h"
 
 namespace kvk {
 namespace {
-
-class EmulatedLauncher final : public cuda::Launcher, public cuda::Workspace {
- public:
-  EmulatedLauncher() {
-    properties_.arch = 90;
-    properties_.num_sms = 4;  // few, so that blocks share the splits of a request
-    properties_.max_shared_per_block = 227 * 1024;
-  }
-  const cuda::DeviceProperties& properties() const override { return properties_; }
-  void launch(const cuda::Kernel& kernel, cuda::Dim3 grid, cuda::Dim3 block, size_t shared_bytes, const void* params,
-              size_t params_size) override {
-    emu::launch_by_name(kernel.expression, {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
-                        params, params_size);
-  }
-  void* allocate(int64_t bytes) override {
-    buffers_.emplace_back(static_cast<size_t>(bytes), "workspace");
-    return buffers_.back().data();
-  }
-
- private:
-  cuda::DeviceProperties properties_;
-  std::list<emu::DeviceArray<char>> buffers_;
-};
 
 // Copies of a case's tensors in the emulator's device memory.
 class OnDevice {
@@ -114,7 +91,7 @@ void run(const std::string& what, const test::Spec& spec, int64_t nan_key = -1) 
   on.out = device(on.out, emu::Use::output);
   on.lse = device(on.lse, emu::Use::output);
 
-  EmulatedLauncher launcher;
+  emu::EmulatedLauncher launcher;
   const PagedProblem problem =
       spec.is_decode() ? check_paged_decode({on.q, on.k_pages, on.v_pages, on.table, on.score, on.out, on.lse})
                        : check_paged_prefill(on);

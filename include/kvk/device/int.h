@@ -22,7 +22,7 @@ using uintptr_t = unsigned long;
 #include <cstdint>
 #endif
 
-// For constexpr helpers that the launch code and the kernels share (tile sizes, shared-memory bytes).
+// For constexpr functions that the launch code and the kernels share (tile sizes, shared-memory bytes).
 #if defined(__CUDACC__)
 #define KVK_HOST_DEVICE __host__ __device__ __forceinline__
 #else

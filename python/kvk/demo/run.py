@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -178,6 +179,11 @@ def _demo(args: argparse.Namespace) -> int:
         f"{workload.num_requests} requests share a prefix of {prefix} tokens (prefilled {chunk} at a time) and go on "
         f"with {', '.join(map(str, suffixes))} tokens; then {num_decode} are decoded for each"
     )
+    load_average, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load_average > 0.75 * cores:
+        console.print(
+            f"note: the machine is busy (load {load_average:.1f} on {cores} cores): slow, and the rates are low"
+        )
     results, agreements = _run_all(model, workload, chunk, num_decode)
     console.print(_table(results, agreements))
     console.print(

@@ -18,4 +18,12 @@ from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  
 cuda.provide_nvrtc()
 
 __version__ = "0.1.0"
-__all__ = ["OutOfPagesError", "PagedCache", "append_kv", "merge_states", "paged_decode", "paged_prefill", "precompile"]
+__all__ = [
+    "OutOfPagesError",
+    "PagedCache",
+    "append_kv",
+    "merge_states",
+    "paged_decode",
+    "paged_prefill",
+    "precompile",
+]

@@ -43,7 +43,7 @@ int main() {
     decode_error("page_indices: request 1 needs page 99 of a pool of 8 pages (entry 2 of its list)",
                  [](Args& a) { a.table.page_indices.ptr<int32_t>()[5] = 99; });
     decode_error("softmax_scale must be finite, got inf", [](Args& a) { a.score.softmax_scale = kInf; });
-    decode_error("q must be on the cpu, the only backend of this build, got cuda:1",
+    decode_error("k_pages must be on cuda:1 like the other arguments, got cpu",
                  [](Args& a) { a.q.device = {kvk::DeviceType::cuda, 1}; });
     prefill_error("qo_indptr must start at 0, got 1", [](Args& a) { a.qo_indptr.ptr<int32_t>()[0] = 1; });
     prefill_error("out must have stride 1 in its last dimension, got 2", [](Args& a) { a.out.stride[2] = 2; });

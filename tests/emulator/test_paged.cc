@@ -5,7 +5,7 @@
 #include "core/paged_check.h"
 #include "cpp/paged_case.h"
 #include "cuda/launch.h"
-#include "emulator/emulated_launcher.h"
+#include "emulator/launch_ops.h"
 
 namespace kvk {
 namespace {
@@ -68,7 +68,8 @@ void compare(const PagedPrefillArgs& a, const std::string& what) {
 }
 
 // nan_key: NaN in V of this key of request 0, which only later tokens may see.
-void run(const std::string& what, const test::Spec& spec, int64_t nan_key = -1) {
+// num_sms: 1 makes a block take several splits of its request, more share them among blocks.
+void run(const std::string& what, const test::Spec& spec, int64_t nan_key = -1, int num_sms = 4) {
   test::Case c(spec, 7);
   if (nan_key >= 0) {
     const Tensor& v = c.args.v_pages;
@@ -91,12 +92,13 @@ void run(const std::string& what, const test::Spec& spec, int64_t nan_key = -1) 
   on.out = device(on.out, emu::Use::output);
   on.lse = device(on.lse, emu::Use::output);
 
-  emu::EmulatedLauncher launcher;
+  emu::EmulatorLauncher launcher(num_sms);
+  emu::EmulatorWorkspace workspace;
   const PagedProblem problem =
       spec.is_decode() ? check_paged_decode({on.q, on.k_pages, on.v_pages, on.table, on.score, on.out, on.lse})
                        : check_paged_prefill(on);
   const Tensor& indices = on.table.page_indices;
-  cuda::launch_paged_attention(problem, indices.shape[indices.ndim - 1], launcher, launcher);
+  cuda::launch_paged_attention(problem, indices.shape[indices.ndim - 1], launcher, workspace);
 
   for (const auto& [from, to] : {std::pair{&on.out, &c.args.out}, std::pair{&on.lse, &c.args.lse}}) {
     std::memcpy(to->data, from->data, static_cast<size_t>(to->numel() * element_size(to->dtype)));
@@ -153,6 +155,18 @@ void decode_cases() {
                                                                           .page_size = 1,
                                                                           .lens = {200, 1, 700},
                                                                           .window_left = 99});
+}
+
+// A block that takes several splits reuses its shared memory for each.
+void several_splits_a_block() {
+  run("decode bf16 8/2 heads, a block takes several splits",
+      {.dtype = DType::bf16,
+       .num_heads = 8,
+       .num_kv_heads = 2,
+       .head_dim = 128,
+       .head_dim_v = 128,
+       .lens = {1300, 0, 77, 1100, 600}},
+      -1, 1);
 }
 
 void prefill_cases() {
@@ -222,6 +236,7 @@ void prefill_cases() {
 int main() {
   return kvk::emu::run_tests([] {
     kvk::decode_cases();
+    kvk::several_splits_a_block();
     kvk::prefill_cases();
   });
 }

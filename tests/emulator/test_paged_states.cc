@@ -4,8 +4,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
-#include "emulator/emulated_launcher.h"
-#include "emulator/harness.h"
+#include "emulator/launch_ops.h"
 #include "kvk/device/append_kv.cuh"
 #include "kvk/device/merge_states.cuh"
 
@@ -63,7 +62,7 @@ void test_append(DType dtype, int64_t head_dim, bool heads_first, int64_t offset
   args.v_pages = args.k_pages;
   args.v_pages.data = v_pages.data();
   args.slot_mapping = tensor(slot_mapping, DType::i64, {kTokens});
-  emu::EmulatedLauncher launcher;
+  emu::EmulatorLauncher launcher;
   cuda::launch_append_kv(args, launcher);
 
   for (int64_t t = 0; t < kTokens; ++t) {
@@ -137,7 +136,7 @@ double error(double got, double want) {
 void test_merge() {
   const States states;
   const DeviceArray<float> parts(states.parts), lse(states.lse), out(kRows * kDim), merged(kRows);
-  emu::EmulatedLauncher launcher;
+  emu::EmulatorLauncher launcher;
   cuda::launch_merge_states(
       {tensor(parts, DType::f32, {kParts, kTokens, kHeads, kDim}), tensor(lse, DType::f32, {kParts, kTokens, kHeads}),
        tensor(out, DType::f32, {kTokens, kHeads, kDim}), tensor(merged, DType::f32, {kTokens, kHeads})},
@@ -178,7 +177,7 @@ void test_merge_backward() {
   for (float& x : grad_lse) x = normal(random);
   const DeviceArray<float> g(grad), g_lse(grad_lse), parts(states.parts), lse(states.lse);
   const DeviceArray<float> to(kParts * kRows * kDim), to_lse(kParts * kRows);
-  emu::EmulatedLauncher launcher;
+  emu::EmulatorLauncher launcher;
   cuda::launch_merge_states_backward(
       {tensor(g, DType::f32, {kTokens, kHeads, kDim}), tensor(g_lse, DType::f32, {kTokens, kHeads}),
        tensor(parts, DType::f32, {kParts, kTokens, kHeads, kDim}), tensor(lse, DType::f32, {kParts, kTokens, kHeads}),

@@ -34,17 +34,18 @@ def version() -> str:
 def site_folders() -> Iterator[str]:
     """Where torch may lie, the likeliest first.
 
-    Under build isolation sys.path shows only the build requirements, while sysconfig and site still name the
-    environment of the running interpreter; uv builds in a virtual environment of its own and names the target in
-    VIRTUAL_ENV.
+    Under pip's build isolation sys.path shows only the build requirements, while sysconfig and site still name the
+    environment of the running interpreter. uv builds in an environment of its own; the target is on PATH when it is
+    activated.
     """
     yield from sys.path
     yield from (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
     yield from site.getsitepackages()
     if site.ENABLE_USER_SITE:
         yield site.getusersitepackages()
-    if "VIRTUAL_ENV" in os.environ:
-        yield from map(str, Path(os.environ["VIRTUAL_ENV"]).glob("lib*/python3*/site-packages"))
+    for programs in os.environ.get("PATH", "").split(os.pathsep):
+        if (Path(programs).parent / "pyvenv.cfg").is_file():
+            yield from map(str, Path(programs).parent.glob("lib*/python3*/site-packages"))
 
 
 def torch_include() -> Path:
@@ -57,7 +58,8 @@ def torch_include() -> Path:
             return (Path(folder) / "torch/include").resolve()
     sys.exit(
         f"kvk: no torch >= 2.10 in the environment of {sys.executable}. Install the torch you want first (a CPU or a "
-        "CUDA build), then kvk, which uses its headers; or set KVK_TORCH_INCLUDE to a folder torch/include."
+        "CUDA build), then kvk, which uses its headers; or set KVK_TORCH_INCLUDE to a folder torch/include. uv builds "
+        "in an environment of its own: activate yours, or say --no-build-isolation."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shutil
@@ -218,7 +219,10 @@ def test_missing_torch_is_a_clear_error(sources: Path, tmp_path: Path) -> None:
     """pip install, build isolation included, in an environment without torch."""
     run([sys.executable, "-m", "venv", tmp_path / "empty"])
     python = tmp_path / "empty" / "bin" / "python"
-    done = run([python, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, sources], check=False)
+    programs = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    path = os.pathsep.join(p for p in programs if not (Path(p).parent / "pyvenv.cfg").is_file())
+    command = [python, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, sources]
+    done = run(command, env={"PATH": path}, check=False)
     assert done.returncode != 0
     output = done.stdout + done.stderr
     assert f"kvk: no torch >= 2.10 in the environment of {python}. Install the torch you want first" in output

@@ -1,0 +1,73 @@
+"""The compile gate: every default kernel compiles for four architectures and keeps everything in registers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from kvk import cuda
+
+ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_default_kernels_fit_their_registers(arch):
+    """No spills, no local memory; names what breaks the rule."""
+    kernels = cuda.default_kernels()
+    assert len(kernels) > 30
+    wrong = []
+    for kernel in kernels:
+        compiled = cuda.compile_kernel(kernel, arch)
+        assert 0 < compiled.registers <= 255
+        if compiled.stack_bytes or compiled.spill_store_bytes or compiled.spill_load_bytes:
+            wrong.append(
+                f"{kernel.expression}: {compiled.registers} registers, {compiled.stack_bytes} bytes of stack"
+            )
+    assert not wrong, "\n".join(wrong)
+
+
+# Every part of the score, and every padding of a head dim.
+OPTIONS = [
+    ("paged_decode_kernel", "PagedDecodeConfig", "bf16, 128, 128, 1, {parts}"),
+    ("paged_decode_kernel", "PagedDecodeConfig", "f16, 256, 256, 2, {parts}"),
+    ("paged_prefill_kernel", "PagedPrefillConfig", "bf16, 128, 128, {parts}"),
+    ("paged_prefill_kernel", "PagedPrefillConfig", "f16, 256, 256, {parts}"),
+]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8, 15])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_score_options_fit_their_registers(arch, parts):
+    for name, config, arguments in OPTIONS:
+        header = f"kvk/device/{name.removesuffix('_kernel')}.cuh"
+        expression = (
+            f"kvk::device::{name}<kvk::device::{config}<kvk::device::{arguments.format(parts=parts)}>>"
+        )
+        compiled = cuda.compile_kernel(cuda.Kernel(header, expression), arch)
+        assert compiled.stack_bytes == 0 and compiled.spill_store_bytes == 0, (expression, compiled.registers)
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(32, 40), (72, 96), (136, 64), (248, 256)])
+def test_odd_head_dims_compile(head_dim, head_dim_v):
+    for name, config, tail in (
+        ("paged_decode_kernel", "PagedDecodeConfig", "2, 15"),
+        ("paged_prefill_kernel", "PagedPrefillConfig", "15"),
+    ):
+        header = f"kvk/device/{name.removesuffix('_kernel')}.cuh"
+        expression = (
+            f"kvk::device::{name}<kvk::device::{config}<kvk::device::bf16, {head_dim}, {head_dim_v}, {tail}>>"
+        )
+        assert cuda.compile_kernel(cuda.Kernel(header, expression), "sm_90a").registers > 0
+
+
+def test_list_of_default_kernels():
+    """What `kvk.precompile` compiles: distinct, and bf16 and f16 alike."""
+    entries = json.loads(torch.ops.kvk._default_kernels())
+    names = [entry["expression"] for entry in entries]
+    assert len(set(names)) == len(names)
+    for one, other in itertools.permutations(("bf16", "f16"), 2):
+        assert {name.replace(f"::{one}", "::T") for name in names if f"::{one}" in name} == {
+            name.replace(f"::{other}", "::T") for name in names if f"::{other}" in name
+        }

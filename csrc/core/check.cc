@@ -60,6 +60,18 @@ void ArgChecker::tensor(const Tensor& t, const char* name, DType dtype, std::ini
   fail(op_, name, " must have shape ", want.str(), "], got ", shape_string(t));
 }
 
+void ArgChecker::same_shape(const Tensor& t, const char* name, const Tensor& as, const char* as_name) const {
+  if (!(t.device == device_)) {
+    fail(op_, name, " must be on ", device_name(device_), " like the other arguments, got ", device_name(t.device));
+  }
+  if (t.dtype != as.dtype) fail(op_, name, " must be ", dtype_name(as.dtype), ", got ", dtype_name(t.dtype));
+  bool match = t.ndim == as.ndim;
+  for (int i = 0; match && i < t.ndim; ++i) match = t.shape[i] == as.shape[i];
+  if (!match) {
+    fail(op_, name, " must have shape ", shape_string(as), " like ", as_name, ", got ", shape_string(t));
+  }
+}
+
 void ArgChecker::aligned_rows(const Tensor& t, const char* name) const {
   if (device_.type != DeviceType::cuda) return;
   const int64_t size = element_size(t.dtype);

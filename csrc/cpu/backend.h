@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/paged_problem.h"
+#include "kvk/hadamard.h"
 #include "kvk/paged.h"
 #include "kvk/threads.h"
 
@@ -11,5 +12,6 @@ void paged_attention(const PagedProblem& problem, Threads& threads);
 void append_kv(const AppendKvArgs& args, Threads& threads);
 void merge_states(const MergeStatesArgs& args, Threads& threads);
 void merge_states_backward(const MergeStatesBackwardArgs& args, Threads& threads);
+void hadamard(const HadamardArgs& args, Threads& threads);
 
 }  // namespace kvk::cpu

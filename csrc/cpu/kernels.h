@@ -10,5 +10,6 @@ void attend(const PagedProblem& problem, const Plan& plan, Item item, void* scra
 void merge_splits(const PagedProblem& problem, const Tile& tile, const Partials& partials);
 void merge_states(const MergeStatesArgs& args, int64_t row_begin, int64_t row_end);
 void merge_states_backward(const MergeStatesBackwardArgs& args, int64_t row_begin, int64_t row_end);
+void hadamard(const HadamardArgs& args, int64_t row_begin, int64_t row_end);
 
 }  // namespace kvk::cpu::KVK_LEVEL

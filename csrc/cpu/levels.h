@@ -7,6 +7,7 @@
 
 #include "core/paged_problem.h"
 #include "cpu/plan.h"
+#include "kvk/hadamard.h"
 #include "kvk/paged.h"
 
 namespace kvk::cpu {
@@ -27,6 +28,8 @@ struct Kernels {
   // Rows are (token, head) pairs, token-major.
   void (*merge_states)(const MergeStatesArgs& args, int64_t row_begin, int64_t row_end);
   void (*merge_states_backward)(const MergeStatesBackwardArgs& args, int64_t row_begin, int64_t row_end);
+  // Rows are all but the last dimension, in order; scale is given.
+  void (*hadamard)(const HadamardArgs& args, int64_t row_begin, int64_t row_end);
 };
 
 // The level in use; chosen once.

@@ -11,4 +11,5 @@ extern "C" const kvk::cpu::Kernels KVK_CONCAT(kvk_cpu_kernels_, KVK_LEVEL) = {
     kvk::cpu::KVK_LEVEL::merge_splits,
     kvk::cpu::KVK_LEVEL::merge_states,
     kvk::cpu::KVK_LEVEL::merge_states_backward,
+    kvk::cpu::KVK_LEVEL::hadamard,
 };

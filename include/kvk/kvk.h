@@ -3,6 +3,7 @@
 
 #include "kvk/api.h"
 #include "kvk/context.h"
+#include "kvk/hadamard.h"
 #include "kvk/paged.h"
 #include "kvk/threads.h"
 #include "kvk/types.h"

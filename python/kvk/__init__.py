@@ -13,6 +13,7 @@ _load.load()
 from kvk import cuda  # noqa: E402
 from kvk.cache import OutOfPagesError, PagedCache  # noqa: E402
 from kvk.cuda import precompile  # noqa: E402
+from kvk.ops.hadamard import hadamard  # noqa: E402
 from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  # noqa: E402
 
 cuda.provide_nvrtc()
@@ -22,6 +23,7 @@ __all__ = [
     "OutOfPagesError",
     "PagedCache",
     "append_kv",
+    "hadamard",
     "merge_states",
     "paged_decode",
     "paged_prefill",

@@ -6,12 +6,15 @@ of the inputs it is the same computation as plain torch does it in that dtype, t
 rule. Written to be read, not to be fast, and meant for the CPU.
 """
 
+from kvk.reference.hadamard import hadamard, hadamard_matrix
 from kvk.reference.merge import merge_states
 from kvk.reference.paged import append_kv, gather_request, paged_decode, paged_prefill, unpack_mask_bits
 
 __all__ = [
     "append_kv",
     "gather_request",
+    "hadamard",
+    "hadamard_matrix",
     "merge_states",
     "paged_decode",
     "paged_prefill",

@@ -1,0 +1,68 @@
+// hadamard at one instruction-set level. Bytes: every element once in and once out; bound by memory up to m = 12 or so,
+// beyond by the m multiply-adds an element.
+#include "cpu/kernels.h"
+
+#include <memory>
+#include <new>
+
+#include "cpu/hadamard_rows.h"
+
+namespace kvk::cpu::KVK_LEVEL {
+namespace {
+
+struct AlignedDelete {
+  void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+};
+
+// Offsets of rows begin, begin + 1, ...: all dimensions but the last, counted like an odometer.
+class RowWalk {
+ public:
+  RowWalk(const Tensor& t, int64_t begin) : t_(t) {
+    for (int i = t.ndim - 2; i >= 0; --i) {
+      at_[i] = begin % t.shape[i];
+      begin /= t.shape[i];
+      offset_ += at_[i] * t.stride[i];
+    }
+  }
+  int64_t offset() const { return offset_; }
+  void next() {
+    for (int i = t_.ndim - 2; i >= 0; --i) {
+      offset_ += t_.stride[i];
+      if (++at_[i] < t_.shape[i]) return;
+      offset_ -= at_[i] * t_.stride[i];
+      at_[i] = 0;
+    }
+  }
+
+ private:
+  const Tensor& t_;
+  int64_t at_[kMaxDims] = {};
+  int64_t offset_ = 0;
+};
+
+template <class T>
+void rows(const HadamardArgs& args, int64_t begin, int64_t end) {
+  const int n = static_cast<int>(args.x.shape[args.x.ndim - 1]);
+  const HadamardRow row(n, args.transpose);
+  const float scale = static_cast<float>(*args.scale);
+  const auto bytes = static_cast<size_t>(HadamardRow::scratch_floats(n)) * sizeof(float);
+  const std::unique_ptr<float, AlignedDelete> scratch(static_cast<float*>(::operator new(bytes, std::align_val_t{64})));
+  RowWalk from(args.x, begin), to(args.out, begin);
+  for (int64_t i = begin; i < end; ++i) {
+    row.run(args.x.ptr<const T>() + from.offset(), args.out.ptr<T>() + to.offset(), scale, scratch.get());
+    from.next();
+    to.next();
+  }
+}
+
+}  // namespace
+
+void hadamard(const HadamardArgs& args, int64_t row_begin, int64_t row_end) {
+  switch (args.x.dtype) {
+    case DType::bf16: return rows<bf16>(args, row_begin, row_end);
+    case DType::f16: return rows<f16>(args, row_begin, row_end);
+    default: return rows<float>(args, row_begin, row_end);
+  }
+}
+
+}  // namespace kvk::cpu::KVK_LEVEL

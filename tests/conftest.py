@@ -1,12 +1,14 @@
-"""Hypothesis profiles: the default repeats the same examples on every run; `soak` draws new ones, and many.
+"""Hypothesis profiles, and what tests marked `gpu` need.
 
-Choose with KVK_HYPOTHESIS_PROFILE=soak.
+The default profile repeats the same examples on every run; KVK_HYPOTHESIS_PROFILE=soak draws new ones, and many.
 """
 
 from __future__ import annotations
 
 import os
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -20,3 +22,17 @@ settings.register_profile(
 )
 settings.register_profile("soak", settings.get_profile("default"), derandomize=False, max_examples=3000)
 settings.load_profile(os.environ.get("KVK_HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """All from this one place, so that the summary says it once, with their number."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no card: torch.cuda.is_available() is False (docs/cuda.md, Checks on a card)")
+
+
+@pytest.fixture(scope="session", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def card(request: pytest.FixtureRequest):
+    """Where the CUDA ops run: the emulator everywhere, and the card where there is one."""
+    from card import CudaCard, EmulatedCard
+
+    return EmulatedCard() if request.param == "emulated" else CudaCard()

@@ -3,7 +3,6 @@
 #include <vector>
 
 #include "core/check.h"
-#include "torch/cuda_stream.h"
 
 namespace kvk::torch_face {
 namespace {
@@ -42,8 +41,7 @@ Tensor view(const TorchTensor& t) {
   v.ndim = static_cast<int32_t>(t.dim());
   if (v.ndim > kMaxDims) fail("tensor", "has ", v.ndim, " dimensions, more than the ", kMaxDims, " that kvk takes");
   v.dtype = dtype_of(t.scalar_type());
-  v.device.type = t.is_cpu() ? DeviceType::cpu : t.is_cuda() ? DeviceType::cuda : DeviceType::other;
-  v.device.index = t.is_cpu() ? 0 : t.get_device_index();
+  v.device = device_of(t);
   const auto sizes = t.sizes();
   const auto strides = t.strides();
   for (int32_t i = 0; i < v.ndim; ++i) {
@@ -69,7 +67,7 @@ TorchContext::TorchContext(const TorchTensor& like) : like_(like) {
   static TorchThreads threads;
   context_.threads = &threads;
   context_.allocator = this;
-  if (like.is_cuda()) context_.cuda_stream = current_cuda_stream(like.get_device_index());
+  context_.cuda_stream = current_stream(device_of(like));
 }
 
 void* TorchContext::allocate(Device, int64_t bytes) {

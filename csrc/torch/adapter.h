@@ -25,6 +25,10 @@ namespace kvk::torch_face {
 
 using TorchTensor = torch::stable::Tensor;
 
+// device.cc: where a tensor lies, and torch's current stream there (null on the CPU).
+Device device_of(const TorchTensor& t);
+void* current_stream(const Device& device);
+
 Tensor view(const TorchTensor& t);
 std::optional<Tensor> view(const std::optional<TorchTensor>& t);
 

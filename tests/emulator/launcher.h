@@ -15,6 +15,7 @@ class EmulatorLauncher final : public cuda::Launcher {
 
   void launch(const cuda::Kernel& kernel, cuda::Dim3 grid, cuda::Dim3 block, size_t shared_bytes, const void* params,
               size_t params_size) override {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;  // like DriverLauncher
     const LaunchConfig config = {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes};
     launch_by_name(kernel.expression, config, params, params_size);
   }

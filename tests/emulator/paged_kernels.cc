@@ -1,12 +1,5 @@
 // The instantiations of the paged kernels that test_paged.cc launches by name.
-#include "emulator/emulator.h"
-#include "kvk/device/paged_decode.cuh"
-#include "kvk/device/paged_prefill.cuh"
-
-#define KVK_DECODE(...) \
-  KVK_EMULATED_KERNEL(kvk::device::paged_decode_kernel<kvk::device::PagedDecodeConfig<__VA_ARGS__>>)
-#define KVK_PREFILL(...) \
-  KVK_EMULATED_KERNEL(kvk::device::paged_prefill_kernel<kvk::device::PagedPrefillConfig<__VA_ARGS__>>)
+#include "emulator/paged_kernels.h"
 
 KVK_DECODE(kvk::device::bf16, 128, 128, 1, 0);
 KVK_DECODE(kvk::device::f16, 64, 40, 1, 7);

@@ -32,6 +32,8 @@ void test_launch() {
   expect_error("unknown-kernel", "a kernel that is not registered", [&] {
     launcher.launch({"", "kvk::device::toy_hadamard_kernel<float>"}, {1}, {128}, 0, &params, sizeof params);
   });
+  expect_error("nothing", "a grid of no blocks does nothing",
+               [&] { launcher.launch({"", kName}, {0}, {128}, 0, &params, sizeof params); });
   expect_error("launch", "a block of no threads",
                [&] { launcher.launch({"", kName}, {1}, {0}, 0, &params, sizeof params); });
 }

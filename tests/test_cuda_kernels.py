@@ -5,27 +5,55 @@ from __future__ import annotations
 import itertools
 import json
 
+import kernel_table
 import pytest
 import torch
 from kvk import cuda
+from nvrtc import ARCHITECTURES as ARCHS
 
-ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+# One worker compiles an architecture for both tests.
+EACH_ARCH = [pytest.param(arch, marks=pytest.mark.xdist_group(arch)) for arch in ARCHS]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EACH_ARCH)
 def test_default_kernels_fit_their_registers(arch):
     """No spills, no local memory; names what breaks the rule."""
-    kernels = cuda.default_kernels()
+    kernels = kernel_table.compiled(arch)
     assert len(kernels) > 30
     wrong = []
-    for kernel in kernels:
-        compiled = cuda.compile_kernel(kernel, arch)
+    for compiled in kernels:
         assert 0 < compiled.registers <= 255
         if compiled.stack_bytes or compiled.spill_store_bytes or compiled.spill_load_bytes:
             wrong.append(
-                f"{kernel.expression}: {compiled.registers} registers, {compiled.stack_bytes} bytes of stack"
+                f"{compiled.kernel.expression}: {compiled.registers} registers, "
+                f"{compiled.stack_bytes} bytes of stack"
             )
     assert not wrong, "\n".join(wrong)
+
+
+RENEW = "docs/kernels.md is out of date: run python tests/kernel_table.py"
+
+
+@pytest.mark.parametrize("arch", EACH_ARCH)
+def test_table_of_resources_is_up_to_date(arch):
+    """The committed table lists the default kernels; its numbers are those of the NVRTC that it names."""
+    written = kernel_table.written_rows()
+    expressions = [kernel.expression.replace("kvk::device::", "") for kernel in cuda.default_kernels()]
+    assert list(written) == expressions, RENEW
+    if kernel_table.written_version() == kernel_table.nvrtc_version():
+        column = ARCHS.index(arch)
+        got = [row[column] for row in written.values()]
+        rows = kernel_table.table({arch: kernel_table.compiled(arch)}).splitlines()[2:]
+        assert got == [row.split(" | ")[1] for row in rows], RENEW
+
+
+def test_table_of_resources_has_the_shared_memory_of_the_launch():
+    written = {name: int(row[-1]) for name, row in kernel_table.written_rows().items()}
+    wanted = {
+        name.replace("kvk::device::", ""): size for name, size in kernel_table.dynamic_shared_bytes().items()
+    }
+    assert written == wanted, RENEW
+    assert written["paged_decode_kernel<PagedDecodeConfig<bf16, 128, 128, 1, 0>>"] > 48 * 1024
 
 
 # Every part of the score, and every padding of a head dim.

@@ -24,8 +24,8 @@ auto with_dtype(DType dtype, F&& f) {
 
 int64_t attention_scratch_bytes(const PagedProblem& problem, const Plan& plan) {
   Scratch scratch = {};
-  return std::max(scratch.carve(nullptr, problem, plan.max_stream_rows, false),
-                  scratch.carve(nullptr, problem, plan.max_panel_rows, true));
+  return std::max(scratch.carve(nullptr, problem, plan.max_stream_rows, plan.max_stream_rows, false),
+                  scratch.carve(nullptr, problem, plan.max_panel_rows, plan.max_panel_rows_per_head, true));
 }
 
 void attend(const PagedProblem& problem, const Plan& plan, Item item, void* scratch, const Partials& partials) {

@@ -9,6 +9,9 @@ namespace {
 // L2 and then the next block's K, so four such pieces must fit beside each other in 512 KiB.
 constexpr int64_t kStreamBlockBytes = 128 * 1024;
 
+// A panel tile takes as many heads as a page of memory holds: more would only make the worker's own memory larger.
+constexpr int64_t kPageBytes = 4096;
+
 int32_t stream_block_keys(const PagedProblem& problem) {
   const int64_t row_bytes =
       element_size(problem.dtype) * problem.num_kv_heads * std::max(problem.head_dim, problem.head_dim_v);
@@ -23,25 +26,29 @@ class Planner {
 
   Plan run() {
     plan_.block_keys = stream_block_keys(p_);
-    heads_per_tile_ = stream_heads();
+    stream_heads_ = heads_per_tile(p_.num_kv_heads, 1, kStreamSplit);
+    const int64_t head_bytes = element_size(p_.dtype) * std::max(p_.head_dim, p_.head_dim_v);
+    panel_heads_ =
+        heads_per_tile(static_cast<int32_t>(std::clamp<int64_t>(kPageBytes / head_bytes, 1, p_.num_kv_heads)),
+                       std::max(1, kPanelRows / p_.group), kPanelSplit);
     for (int32_t b = 0; b < p_.num_requests; ++b) request(b);
     return std::move(plan_);
   }
 
  private:
-  // Heads that lie side by side in a token's row are walked together, in memory order; fewer of them when that would
-  // leave workers idle.
-  int32_t stream_heads() const {
+  // Heads that lie side by side in a token's row are walked together, at most `heads` of them, in memory order: each page
+  // of memory is then met once, not once a head. Fewer when that would leave workers idle.
+  int32_t heads_per_tile(int32_t heads, int64_t tile_tokens, int64_t split_len) const {
     const bool heads_side_by_side = p_.k.head_stride <= p_.k.token_stride && p_.v.head_stride <= p_.v.token_stride;
     if (p_.list.per_head() || !heads_side_by_side) return 1;
-    int64_t splits = 0;
+    int64_t items = 0;
     for (int32_t b = 0; b < p_.num_requests; ++b) {
       const int64_t keys = p_.list.len(b, 0);
-      const int64_t seen = p_.window_left >= 0 ? std::min(keys, p_.window_left + 1) : keys;
-      splits += p_.num_request_tokens(b) * ((seen + kStreamSplit - 1) / kStreamSplit);
+      const int64_t seen = p_.window_left >= 0 ? std::min(keys, p_.window_left + tile_tokens) : keys;
+      const int64_t tiles = (p_.num_request_tokens(b) + tile_tokens - 1) / tile_tokens;
+      items += tiles * ((seen + split_len - 1) / split_len);
     }
-    int32_t heads = p_.num_kv_heads;
-    while (heads > 1 && splits * ((p_.num_kv_heads + heads - 1) / heads) < 4 * num_workers_) heads = (heads + 1) / 2;
+    while (heads > 1 && items * ((p_.num_kv_heads + heads - 1) / heads) < 4 * num_workers_) heads = (heads + 1) / 2;
     return heads;
   }
 
@@ -52,7 +59,7 @@ class Planner {
     for (int64_t begin = (n - 1) / tile_tokens * tile_tokens; n > 0 && begin >= 0; begin -= tile_tokens) {
       const int64_t tokens = std::min(tile_tokens, n - begin);
       const bool stream = tokens * p_.group <= kMaxStreamRows;
-      const int32_t step = stream ? heads_per_tile_ : 1;
+      const int32_t step = stream ? stream_heads_ : panel_heads_;
       for (int32_t h = 0; h < p_.num_kv_heads; h += step) {
         tile(b, h, std::min(p_.num_kv_heads, h + step), first, n, begin, tokens, stream);
       }
@@ -82,8 +89,10 @@ class Planner {
       t.partial = plan_.partial_rows;
       plan_.partial_rows += int64_t{rows} * t.num_splits;
     }
+    const int32_t padded = t.padded_rows_per_head(p_.group);
     int32_t& most = stream ? plan_.max_stream_rows : plan_.max_panel_rows;
-    most = std::max(most, rows);
+    most = std::max(most, padded * (head_end - head_begin));
+    if (!stream) plan_.max_panel_rows_per_head = std::max(plan_.max_panel_rows_per_head, padded);
     const int32_t index = static_cast<int32_t>(plan_.tiles.size());
     plan_.tiles.push_back(t);
     for (int32_t s = 0; s < t.num_splits; ++s) plan_.items.push_back({index, s});
@@ -91,7 +100,7 @@ class Planner {
 
   const PagedProblem& p_;
   const int num_workers_;
-  int32_t heads_per_tile_ = 1;
+  int32_t stream_heads_ = 1, panel_heads_ = 1;
   Plan plan_;
 };
 

@@ -155,6 +155,15 @@ inline void sum_lanes(V a, V b, V c, V d, float* out) {
 #endif
 }
 
+// The largest lane of a vector without NaN.
+inline float max_lanes(V x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(native(x));
+#else
+  return stdx::hmax(x);
+#endif
+}
+
 // --- transposition ---------------------------------------------------------------------------------------------------
 
 // dst[i * ld + j] = rows[j][i] for i, j in [0, 8).

@@ -19,17 +19,17 @@ struct Scratch {
   int ldq, ldo, rows;
   float* q;           // [rows, ldq] fp32
   float* out;         // [rows, ldo] running output
-  float* s;           // [rows, kBlockKeys] scores, then weights
+  float* s;           // [rows, kBlockKeys] scores, then weights; of a panel tile only the present head's
   float* scale;       // [rows] factor of the running output in this block
   SoftmaxRow* state;  // [rows]
   float* k_panels;    // [kBlockKeys / kPanelWidth][head_dim][kPanelWidth], panel tiles only
   float* v_panels;    // [ldo / kPanelWidth][kValuePanel]: [kBlockKeys][kPanelWidth] and a gap, panel tiles only
 
-  // Lays the parts out from base (null: only counts). Returns the bytes used.
-  int64_t carve(char* base, const PagedProblem& p, int num_rows, bool panels) {
+  // Lays the parts out from base (null: only counts); score_rows: rows of s. Returns the bytes used.
+  int64_t carve(char* base, const PagedProblem& p, int num_rows, int score_rows, bool panels) {
     ldq = padded(p.head_dim);
     ldo = padded(p.head_dim_v);
-    rows = (num_rows + kBlockRows - 1) / kBlockRows * kBlockRows;
+    rows = num_rows;
     int64_t used = 0;
     const auto take = [&](auto*& part, int64_t count) {
       using Part = std::remove_reference_t<decltype(*part)>;
@@ -38,7 +38,7 @@ struct Scratch {
     };
     take(q, int64_t{rows} * ldq);
     take(out, int64_t{rows} * ldo);
-    take(s, int64_t{rows} * kBlockKeys);
+    take(s, int64_t{score_rows} * kBlockKeys);
     take(scale, rows);
     take(state, rows);
     take(k_panels, panels ? int64_t{kBlockKeys} * ldq : 0);
@@ -52,8 +52,10 @@ class Attention {
  public:
   Attention(const PagedProblem& p, const Plan& plan, Item item, void* scratch)
       : p_(p), plan_(plan), tile_(plan.tiles[static_cast<size_t>(item.tile)]), format_(p), score_(p, tile_),
-        heads_(tile_.head_end - tile_.head_begin), rows_per_head_(tile_.rows_per_head(p.group)) {
-    scratch_.carve(static_cast<char*>(scratch), p, tile_.rows(p.group), !tile_.stream);
+        heads_(tile_.head_end - tile_.head_begin), rows_per_head_(tile_.rows_per_head(p.group)),
+        padded_rows_(tile_.padded_rows_per_head(p.group)) {
+    const int rows = padded_rows_ * heads_;
+    scratch_.carve(static_cast<char*>(scratch), p, rows, tile_.stream ? rows : padded_rows_, !tile_.stream);
     const int64_t split = tile_.split_len();
     const int64_t begin = (tile_.key_begin / split + item.split) * split;
     key_begin_ = std::max(begin, tile_.key_begin);
@@ -74,15 +76,16 @@ class Attention {
     const int rows = tile_.rows(p_.group);
     const int64_t first = tile_.partial + int64_t{split} * rows;
     for (int r = 0; r < rows; ++r) {
-      std::copy_n(scratch_.out + r * scratch_.ldo, p_.head_dim_v, to.out + (first + r) * to.out_stride);
-      to.max[first + r] = scratch_.state[r].max;
-      to.sum[first + r] = scratch_.state[r].sum;
+      const int from = row_of(r);
+      std::copy_n(scratch_.out + from * scratch_.ldo, p_.head_dim_v, to.out + (first + r) * to.out_stride);
+      to.max[first + r] = scratch_.state[from].max;
+      to.sum[first + r] = scratch_.state[from].sum;
     }
   }
 
   void write_output() const {
     for (int r = 0; r < tile_.rows(p_.group); ++r) {
-      finish(p_, tile_, r, scratch_.out + r * scratch_.ldo, scratch_.state[r]);
+      finish(p_, tile_, r, scratch_.out + row_of(r) * scratch_.ldo, scratch_.state[row_of(r)]);
     }
   }
 
@@ -97,10 +100,16 @@ class Attention {
   }
 
  private:
+  // Where row r of the tile is in the scratch memory: there each head's rows are padded to whole register blocks.
+  int row_of(int r) const { return r / rows_per_head_ * padded_rows_ + r % rows_per_head_; }
+
   void load_queries() {
-    const int rows = tile_.rows(p_.group);
-    int r = 0;
+    if (padded_rows_ != rows_per_head_) {
+      std::fill(scratch_.q, scratch_.q + scratch_.rows * scratch_.ldq, 0.0f);
+      std::fill(scratch_.s, scratch_.s + padded_rows_ * kBlockKeys, 0.0f);
+    }
     for (int h = tile_.head_begin; h < tile_.head_end; ++h) {
+      int r = (h - tile_.head_begin) * padded_rows_;
       for (int t = 0; t < tile_.num_tokens; ++t) {
         for (int g = 0; g < p_.group; ++g, ++r) {
           const T* q = static_cast<const T*>(p_.q.data) + (tile_.token + t) * p_.q.token_stride +
@@ -112,9 +121,6 @@ class Attention {
         }
       }
     }
-    // Rows that only fill the last register block.
-    std::fill(scratch_.q + rows * scratch_.ldq, scratch_.q + scratch_.rows * scratch_.ldq, 0.0f);
-    std::fill(scratch_.s + rows * kBlockKeys, scratch_.s + scratch_.rows * kBlockKeys, 0.0f);
     std::fill(scratch_.out, scratch_.out + scratch_.rows * scratch_.ldo, 0.0f);
     std::fill(scratch_.scale, scratch_.scale + scratch_.rows, 1.0f);
     std::fill(scratch_.state, scratch_.state + scratch_.rows, SoftmaxRow{});
@@ -125,15 +131,13 @@ class Attention {
                             key_begin_, key_end_, block_keys);
   }
 
-  // Scores to weights for one kv head, whose rows start at `row`. Returns whether some row does not see some key.
-  bool weigh(const KeyBlock& block, int head, int row) {
-    float* s = scratch_.s + row * kBlockKeys;
-    score_.apply(block, head, s);
+  // Scores s to weights for one kv head, whose rows start at `row`. Returns whether some row does not see some key.
+  bool weigh(const KeyBlock& block, int head, int row, float* s) {
     const int vectors = (block.count + W - 1) / W;
-    int unseen = 0;
-    for (int r = 0; r < rows_per_head_; ++r) {
-      scratch_.scale[row + r] = softmax_update(s + r * kBlockKeys, vectors, scratch_.state[row + r], unseen);
-    }
+    const bool plain = score_.plain(block);
+    if (!plain) score_.apply(block, head, s);
+    const int unseen = softmax_rows(s, rows_per_head_, vectors, plain ? p_.softmax_scale : 1.0f, scratch_.state + row,
+                                    scratch_.scale + row);
     return unseen > rows_per_head_ * (vectors * W - block.count);
   }
 
@@ -158,48 +162,50 @@ class Attention {
       Prefetcher ahead_k = format_.prefetch_k(rows[i ^ 1], fetch, tile_.head_begin, tile_.head_end, rows_per_head_);
       for (int h = 0; h < heads_; ++h) {
         const int head = tile_.head_begin + h, row = h * rows_per_head_;
-        const bool hidden = weigh(block, head, row);
+        float* s = scratch_.s + row * kBlockKeys;
+        const bool hidden = weigh(block, head, row, s);
         if (hidden && !format_.finite_v(rows[i], head)) {
-          accumulate_seen(rows[i], head, row);
+          accumulate_seen(rows[i], head, row, s);
         } else {
-          format_.accumulate(rows[i], head, scratch_.s + row * kBlockKeys, scratch_.scale + row, rows_per_head_,
-                             scratch_.out + row * scratch_.ldo, scratch_.ldo, ahead_k);
+          format_.accumulate(rows[i], head, s, scratch_.scale + row, rows_per_head_, scratch_.out + row * scratch_.ldo,
+                             scratch_.ldo, ahead_k);
         }
       }
     }
   }
 
-  // Many rows of one kv head: arithmetic-bound. A block is unpacked once and serves all rows.
+  // Many rows of each kv head: arithmetic-bound. A head's block is unpacked once and serves all its rows.
   void panels() {
-    const int head = tile_.head_begin;
     PageListSchedule keys = schedule(kBlockKeys);
     KeyBlock block;
     typename Format::Rows rows;
-    const int v_panels = (p_.head_dim_v + kPanelWidth - 1) / kPanelWidth;
     while (keys.next(block)) {
       format_.locate(block, rows);
-      format_.pack_k(rows, head, scratch_.k_panels);
-      multiply_scores(scratch_.q, scratch_.ldq, scratch_.rows, scratch_.k_panels,
-                      (block.count + kPanelWidth - 1) / kPanelWidth, p_.head_dim, scratch_.s, kBlockKeys);
-      const bool hidden = weigh(block, head, 0);
-      if (hidden && !format_.finite_v(rows, head)) {
-        accumulate_seen(rows, head, 0);
-        continue;
-      }
-      format_.pack_v(rows, head, scratch_.v_panels);
-      multiply_values(scratch_.s, scratch_.rows, scratch_.v_panels, v_panels, block.count, scratch_.out, scratch_.ldo,
-                      scratch_.scale);
+      for (int h = 0; h < heads_; ++h) panel(block, rows, h);
     }
+  }
+
+  // One block of head `h` of the tile.
+  void panel(const KeyBlock& block, const typename Format::Rows& rows, int h) {
+    const int head = tile_.head_begin + h, row = h * padded_rows_;
+    format_.pack_k(rows, head, scratch_.k_panels);
+    multiply_scores(scratch_.q + row * scratch_.ldq, scratch_.ldq, padded_rows_, scratch_.k_panels,
+                    (block.count + kPanelWidth - 1) / kPanelWidth, p_.head_dim, scratch_.s, kBlockKeys);
+    const bool hidden = weigh(block, head, row, scratch_.s);
+    if (hidden && !format_.finite_v(rows, head)) return accumulate_seen(rows, head, row, scratch_.s);
+    format_.pack_v(rows, head, scratch_.v_panels);
+    multiply_values(scratch_.s, padded_rows_, scratch_.v_panels, (p_.head_dim_v + kPanelWidth - 1) / kPanelWidth,
+                    block.count, scratch_.out + row * scratch_.ldo, scratch_.ldo, scratch_.scale + row);
   }
 
   // The rare block in which V holds NaN or infinities and some row does not see some key: 0 * NaN must not enter a row that
   // does not read that key.
-  void accumulate_seen(const typename Format::Rows& rows, int head, int first_row) {
-    for (int r = first_row; r < first_row + rows_per_head_; ++r) {
-      float* out = scratch_.out + r * scratch_.ldo;
-      const float* weights = scratch_.s + r * kBlockKeys;
+  void accumulate_seen(const typename Format::Rows& rows, int head, int first_row, const float* s) {
+    for (int r = 0; r < rows_per_head_; ++r) {
+      float* out = scratch_.out + (first_row + r) * scratch_.ldo;
+      const float* weights = s + r * kBlockKeys;
       for (int d = 0; d < p_.head_dim_v; ++d) {
-        float acc = out[d] * scratch_.scale[r];
+        float acc = out[d] * scratch_.scale[first_row + r];
         for (int j = 0; j < rows.count; ++j) {
           if (!std::signbit(weights[j])) acc += weights[j] * format_.v_element(rows, head, j, d);
         }
@@ -213,7 +219,7 @@ class Attention {
   const Tile& tile_;
   Format format_;
   Score score_;
-  int heads_, rows_per_head_;
+  int heads_, rows_per_head_, padded_rows_;
   int64_t key_begin_ = 0, key_end_ = 0;
   Scratch scratch_ = {};
 };

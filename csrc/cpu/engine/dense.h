@@ -75,7 +75,7 @@ inline void accumulate_tile(const float* p, int ldp, const float* scale, const T
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
-    for (int e = 0; e < Vecs; ++e) acc[r][e] = load(out + r * ldo + e * W) * scale[r];
+    for (int e = 0; e < Vecs; ++e) acc[r][e] = 0.0f;
   }
   for (int j = 0; j < count; ++j) {
     ahead.step();
@@ -89,10 +89,14 @@ inline void accumulate_tile(const float* p, int ldp, const float* scale, const T
       for (int e = 0; e < Vecs; ++e) acc[r][e] += x * v[e];
     }
   }
+  // What was there joins at the end: started with, it would stretch the chain of roundings over all blocks.
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
-    for (int e = 0; e < Vecs; ++e) store(acc[r][e], out + r * ldo + e * W);
+    for (int e = 0; e < Vecs; ++e) {
+      float* to = out + r * ldo + e * W;
+      store(load(to) * scale[r] + acc[r][e], to);
+    }
   }
 }
 

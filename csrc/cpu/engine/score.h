@@ -14,6 +14,15 @@ class Score {
  public:
   Score(const PagedProblem& problem, const Tile& tile) : p_(problem), tile_(tile) {}
 
+  // Whether every row sees the whole block, in whole vectors, and its scores are scale * q.k and nothing more.
+  bool plain(const KeyBlock& block) const {
+    if (p_.logits_soft_cap > 0.0f || p_.alibi_slopes != nullptr || p_.key_bias != nullptr) return false;
+    const int64_t end = block.first + block.count;
+    if (block.count % W != 0 || (p_.causal && end > tile_.first_query + 1)) return false;
+    if (p_.window_left >= 0 && block.first < tile_.first_query + tile_.num_tokens - 1 - p_.window_left) return false;
+    return p_.mask_bits == nullptr || end <= tile_.len - tile_.mask_width;
+  }
+
   // q.k of one kv head over one block, s [rows, kBlockKeys], to scores; rows ordered (token, head of the group). Fills the padding
   // up to a whole vector with -inf.
   void apply(const KeyBlock& block, int head, float* s) const {

@@ -16,44 +16,66 @@ struct SoftmaxRow {
   float sum = 0.0f;
 };
 
-// Turns the scores of `vectors` vectors into weights exp(s - max) in place, and updates the state. Returns the factor for
-// what was accumulated so far. A key that is not seen (s = -inf) gets the weight -0.0, which no exponential gives, and is
-// counted in `unseen`.
-inline float softmax_update(float* s, int vectors, SoftmaxRow& row, int& unseen) {
-  V top = -kInf;
-  for (int i = 0; i < vectors; ++i) {
-    const V x = load(s + i * W);
-    stdx::where(x > top, top) = x;
-  }
-  float max = row.max;
-  for (int i = 0; i < W; ++i) max = top[i] > max ? top[i] : max;
-  if (max == -kInf) {
-    // Nothing seen yet, unless a NaN hid from the comparisons: it must come out of the row as NaN.
-    bool nan = false;
-    for (int i = 0; i < vectors * W; ++i) nan |= s[i] != s[i];
-    if (!nan) {
-      std::fill(s, s + vectors * W, -0.0f);
-      unseen += vectors * W;
-      return 1.0f;
+// Turns rows of raw scores x, `vectors` vectors each, into weights exp(factor * x - max) in place, and updates the state.
+// scale[r] becomes the factor for what row r accumulated so far. A key that is not seen (x = -inf) gets the weight -0.0,
+// which no exponential gives. Returns how many those are.
+//
+// Every row goes through the same operations whatever rows lie beside it; a step takes W rows because one exponential
+// then serves all their factors.
+inline int softmax_rows(float* s, int rows, int vectors, float factor, SoftmaxRow* state, float* scale) {
+  int unseen = 0;
+  for (int first = 0; first < rows; first += W) {
+    const int count = std::min(W, rows - first);
+    alignas(64) float old_max[W], max[W], sum[padded(W)];
+    for (int r = 0; r < W; ++r) old_max[r] = r < count ? state[first + r].max : 0.0f;
+    for (int r = 0; r < W; ++r) {
+      const float* row = s + (first + std::min(r, count - 1)) * kBlockKeys;
+      V top = -kInf;  // a NaN loses every comparison: it enters the row by its weight
+      for (int i = 0; i < vectors; ++i) {
+        const V x = load(row + i * W) * factor;
+        stdx::where(x > top, top) = x;
+      }
+      const float highest = max_lanes(top);
+      max[r] = highest > old_max[r] ? highest : old_max[r];
     }
-    max = 0.0f;
+    const V old = load(old_max), now = load(max);
+    V shift = now;
+    stdx::where(now == -kInf, shift) = 0.0f;  // nothing seen yet, or a NaN alone
+    V factors = exp(old - shift);
+    stdx::where(old == -kInf, factors) = 1.0f;  // of an output that is still 0
+    store(shift, max);
+
+    for (int r = 0; r < count; r += 4) {
+      V total[4];
+      for (int e = 0; e < 4; ++e) {
+        total[e] = 0.0f;
+        if (r + e >= count) continue;
+        float* row = s + (first + r + e) * kBlockKeys;
+        for (int i = 0; i < vectors; ++i) {
+          const V x = load(row + i * W) * factor;
+          V weight = exp(x - max[r + e]);
+          const auto hidden = x == -kInf;
+          // Assigning the scalar would lose the sign (libstdc++ masks with and-not).
+          stdx::where(hidden, weight) = V(-0.0f);
+          unseen += stdx::popcount(hidden);
+          total[e] += weight;
+          store(weight, row + i * W);
+        }
+      }
+      sum_lanes(total[0], total[1], total[2], total[3], sum + r);
+    }
+
+    alignas(64) float scales[W];
+    store(factors, scales);
+    for (int r = 0; r < count; ++r) {
+      SoftmaxRow& row = state[first + r];
+      scale[first + r] = scales[r];
+      row.sum = row.sum * scales[r] + sum[r];
+      // A row without a key stays as it was, unless a NaN hid from the comparisons.
+      if (row.max != -kInf || max[r] != 0.0f || sum[r] != 0.0f) row.max = max[r];
+    }
   }
-  V total = 0.0f;
-  for (int i = 0; i < vectors; ++i) {
-    const V x = load(s + i * W);
-    V weight = exp(x - max);
-    const auto hidden = x == -kInf;
-    stdx::where(hidden, weight) = V(-0.0f);  // assigning the scalar would lose the sign (libstdc++ masks with and-not)
-    unseen += stdx::popcount(hidden);
-    total += weight;
-    store(weight, s + i * W);
-  }
-  float sums[4];
-  sum_lanes(total, total, total, total, sums);
-  const float scale = row.max == -kInf ? 0.0f : std::exp(row.max - max);
-  row.sum = row.sum * scale + sums[0];
-  row.max = max;
-  return scale;
+  return unseen;
 }
 
 // The end of a row: joins the sink, divides, writes out and lse. A row that saw no key: 0 and -inf.

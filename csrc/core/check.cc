@@ -72,6 +72,15 @@ void ArgChecker::same_shape(const Tensor& t, const char* name, const Tensor& as,
   }
 }
 
+void ArgChecker::contiguous(const Tensor& t, const char* name) const {
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0 && t.numel() > 0; stride *= t.shape[i--]) {
+    if (t.shape[i] > 1 && t.stride[i] != stride) {
+      fail(op_, name, " must be contiguous, got stride ", t.stride[i], " in dimension ", i);
+    }
+  }
+}
+
 void ArgChecker::aligned_rows(const Tensor& t, const char* name) const {
   if (device_.type != DeviceType::cuda) return;
   const int64_t size = element_size(t.dtype);

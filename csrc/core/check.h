@@ -37,6 +37,7 @@ class ArgChecker {
   void tensor(const Tensor& t, const char* name, DType dtype, std::initializer_list<Dim> dims) const;
   // Dtype, device and shape of another argument.
   void same_shape(const Tensor& t, const char* name, const Tensor& as, const char* as_name) const;
+  void contiguous(const Tensor& t, const char* name) const;
   // On a card rows move 16 bytes at a time; a no-op on the CPU.
   void aligned_rows(const Tensor& t, const char* name) const;
   // bf16, f16 or f32.

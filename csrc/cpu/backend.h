@@ -4,6 +4,7 @@
 #include "core/paged_problem.h"
 #include "kvk/hadamard.h"
 #include "kvk/paged.h"
+#include "kvk/quant.h"
 #include "kvk/threads.h"
 
 namespace kvk::cpu {
@@ -13,5 +14,9 @@ void append_kv(const AppendKvArgs& args, Threads& threads);
 void merge_states(const MergeStatesArgs& args, Threads& threads);
 void merge_states_backward(const MergeStatesBackwardArgs& args, Threads& threads);
 void hadamard(const HadamardArgs& args, Threads& threads);
+void quantize_pages(const QuantizePagesArgs& args, Threads& threads);
+void dequantize_pages(const DequantizePagesArgs& args, Threads& threads);
+void quantize(const QuantizeArgs& args, Threads& threads);
+void dequantize(const DequantizeArgs& args, Threads& threads);
 
 }  // namespace kvk::cpu

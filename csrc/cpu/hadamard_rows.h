@@ -145,8 +145,8 @@ class HadamardRow {
   static int64_t scratch_floats(int n) { return 2 * int64_t{padded(n)}; }
 
   // dst = scale * H src; dst may be src.
-  template <class T>
-  void run(const T* src, T* dst, float scale, float* scratch) const {
+  template <class From, class To>
+  void run(const From* src, To* dst, float scale, float* scratch) const {
     if (chunk_ < W) {
       short_chunks(src, scale, scratch);
       if (m_ > 1) order(scratch);

@@ -11,5 +11,7 @@ void merge_splits(const PagedProblem& problem, const Tile& tile, const Partials&
 void merge_states(const MergeStatesArgs& args, int64_t row_begin, int64_t row_end);
 void merge_states_backward(const MergeStatesBackwardArgs& args, int64_t row_begin, int64_t row_end);
 void hadamard(const HadamardArgs& args, int64_t row_begin, int64_t row_end);
+void quantize_block(const QuantBlock& block);
+void dequantize_block(const QuantBlock& block);
 
 }  // namespace kvk::cpu::KVK_LEVEL

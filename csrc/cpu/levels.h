@@ -7,6 +7,7 @@
 
 #include "core/paged_problem.h"
 #include "cpu/plan.h"
+#include "cpu/quant_block.h"
 #include "kvk/hadamard.h"
 #include "kvk/paged.h"
 
@@ -30,6 +31,8 @@ struct Kernels {
   void (*merge_states_backward)(const MergeStatesBackwardArgs& args, int64_t row_begin, int64_t row_end);
   // Rows are all but the last dimension, in order; scale is given.
   void (*hadamard)(const HadamardArgs& args, int64_t row_begin, int64_t row_end);
+  void (*quantize_block)(const QuantBlock& block);
+  void (*dequantize_block)(const QuantBlock& block);
 };
 
 // The level in use; chosen once.

@@ -5,5 +5,6 @@
 #include "kvk/context.h"
 #include "kvk/hadamard.h"
 #include "kvk/paged.h"
+#include "kvk/quant.h"
 #include "kvk/threads.h"
 #include "kvk/types.h"

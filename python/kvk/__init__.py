@@ -13,8 +13,10 @@ _load.load()
 from kvk import cuda  # noqa: E402
 from kvk.cache import OutOfPagesError, PagedCache  # noqa: E402
 from kvk.cuda import precompile  # noqa: E402
+from kvk.formats import QuantFormat  # noqa: E402
 from kvk.ops.hadamard import hadamard  # noqa: E402
 from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  # noqa: E402
+from kvk.ops.quant import dequantize, dequantize_pages, quantize, quantize_pages  # noqa: E402
 
 cuda.provide_nvrtc()
 
@@ -22,10 +24,15 @@ __version__ = "0.1.0"
 __all__ = [
     "OutOfPagesError",
     "PagedCache",
+    "QuantFormat",
     "append_kv",
+    "dequantize",
+    "dequantize_pages",
     "hadamard",
     "merge_states",
     "paged_decode",
     "paged_prefill",
     "precompile",
+    "quantize",
+    "quantize_pages",
 ]

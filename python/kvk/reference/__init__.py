@@ -9,14 +9,19 @@ rule. Written to be read, not to be fast, and meant for the CPU.
 from kvk.reference.hadamard import hadamard, hadamard_matrix
 from kvk.reference.merge import merge_states
 from kvk.reference.paged import append_kv, gather_request, paged_decode, paged_prefill, unpack_mask_bits
+from kvk.reference.quant import dequantize, dequantize_pages, quantize, quantize_pages
 
 __all__ = [
     "append_kv",
+    "dequantize",
+    "dequantize_pages",
     "gather_request",
     "hadamard",
     "hadamard_matrix",
     "merge_states",
     "paged_decode",
     "paged_prefill",
+    "quantize",
+    "quantize_pages",
     "unpack_mask_bits",
 ]

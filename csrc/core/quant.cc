@@ -1,0 +1,132 @@
+// Checks of the ops that make and read quantized records, and their way to a backend.
+#include "core/backend.h"
+#include "core/quant_check.h"
+#include "cpu/backend.h"
+
+namespace kvk {
+namespace {
+
+void on_cpu_only(const ArgChecker& check, const Tensor& first, const char* name, Device device) {
+  by_device(
+      check.op(), first, name, [] {}, [&] { fail(check.op(), name, " must be on cpu, got ", device_name(device)); });
+}
+
+// Page ids: int32 [n], each within the pool. Values on a card are trusted.
+void check_ids(const ArgChecker& check, const Tensor& ids, const char* name, int64_t count, int64_t num_pages) {
+  check.tensor(ids, name, DType::i32, {{"n", count}});
+  if (check.device().type != DeviceType::cpu) return;
+  for (int64_t i = 0; i < ids.shape[0]; ++i) {
+    const int64_t page = ids.ptr<const int32_t>()[i * ids.stride[0]];
+    if (page < 0 || page >= num_pages) {
+      fail(check.op(), name, " must name pages of the ", num_pages, " of its pool, got ", page, " at entry ", i);
+    }
+  }
+}
+
+void check_clip(const ArgChecker& check, double clip, const char* name) {
+  if (!(clip > 0.0 && clip <= 1.0)) fail(check.op(), name, " must be over 0 and at most 1, got ", clip);
+}
+
+// [..., T, n] and its codes and scales.
+void check_rows(const ArgChecker& check, const Tensor& x, const char* x_name, const QuantPart& part,
+                const Tensor& codes, const Tensor& scale, const Tensor& min) {
+  check.float_dtype(x, x_name);
+  if (x.ndim < 1) fail(check.op(), x_name, " must have shape [..., n], got []");
+  const int64_t n = x.shape[x.ndim - 1], tokens = x.ndim > 1 ? x.shape[x.ndim - 2] : 1;
+  if (n % 8 != 0) fail(check.op(), x_name, ": the last dimension must be a multiple of 8, got ", n);
+  check_quant_part(check.op(), "", part, tokens, "next to last dimension", n, "last dimension");
+  check.last_stride_one(x, x_name);
+  Tensor want = x;
+  want.dtype = DType::u8;
+  want.shape[x.ndim - 1] = n * part.bits / 8;
+  check.same_shape(codes, "codes", want, "its part of the input");
+  check.contiguous(codes, "codes");
+  want = x;
+  want.dtype = DType::f16;
+  want.shape[part.along_tokens ? x.ndim - 2 : x.ndim - 1] /= part.group;
+  check.same_shape(scale, "scale", want, "its part of the input");
+  check.contiguous(scale, "scale");
+  check.same_shape(min, "min", want, "its part of the input");
+  check.contiguous(min, "min");
+}
+
+}  // namespace
+
+void check_record_pool(const ArgChecker& check, const Tensor& pool, const char* name, int64_t num_pages,
+                       int64_t num_kv_heads, int64_t record_bytes) {
+  check.tensor(pool, name, DType::u8, {{"N", num_pages}, {"Hkv", num_kv_heads}, {"record_bytes", record_bytes}});
+  check.last_stride_one(pool, name);
+  if (reinterpret_cast<uintptr_t>(pool.data) % 16 != 0) {
+    fail(check.op(), name, " must start on a multiple of 16 bytes");
+  }
+  for (int i = 0; i < 2; ++i) {
+    if (pool.shape[i] > 1 && pool.stride[i] % 16 != 0) {
+      fail(check.op(), name, " must have strides of whole 16 bytes, got ", pool.stride[i], " in dimension ", i);
+    }
+  }
+}
+
+void quantize_pages(const QuantizePagesArgs& args, const Context& context) {
+  const ArgChecker check("quantize_pages", args.k_pages.device);
+  const QuantFormat& format = args.format;
+  check.float_dtype(args.k_pages, "k_pages");
+  const DType dtype = args.k_pages.dtype;
+  check.tensor(args.k_pages, "k_pages", dtype, {{"M"}, {"P", format.page_size}, {"Hkv"}, {"D", format.head_dim}});
+  const int64_t num_dense = args.k_pages.shape[0], num_kv_heads = args.k_pages.shape[2];
+  check.tensor(args.v_pages, "v_pages", dtype,
+               {{"M", num_dense}, {"P", format.page_size}, {"Hkv", num_kv_heads}, {"Dv", format.head_dim_v}});
+  check.last_stride_one(args.k_pages, "k_pages");
+  check.last_stride_one(args.v_pages, "v_pages");
+  check.tensor(args.src, "src", DType::i32, {{"n"}});
+  check_ids(check, args.src, "src", args.src.shape[0], num_dense);
+  check_record_pool(check, args.k_pool, "k_pool", -1, num_kv_heads, format.k_layout().record_bytes);
+  const int64_t num_pages = args.k_pool.shape[0];
+  check_record_pool(check, args.v_pool, "v_pool", num_pages, num_kv_heads, format.v_layout().record_bytes);
+  check.writable(args.k_pool, "k_pool");
+  check.writable(args.v_pool, "v_pool");
+  check_ids(check, args.dst, "dst", args.src.shape[0], num_pages);
+  check_clip(check, args.k_clip, "k_clip");
+  check_clip(check, args.v_clip, "v_clip");
+  on_cpu_only(check, args.k_pages, "k_pages", check.device());
+  cpu::quantize_pages(args, threads_of(context));
+}
+
+void dequantize_pages(const DequantizePagesArgs& args, const Context& context) {
+  const ArgChecker check("dequantize_pages", args.k_pool.device);
+  const QuantFormat& format = args.format;
+  check_record_pool(check, args.k_pool, "k_pool", -1, -1, format.k_layout().record_bytes);
+  const int64_t num_pages = args.k_pool.shape[0], num_kv_heads = args.k_pool.shape[1];
+  check_record_pool(check, args.v_pool, "v_pool", num_pages, num_kv_heads, format.v_layout().record_bytes);
+  check.tensor(args.ids, "ids", DType::i32, {{"n"}});
+  const int64_t n = args.ids.shape[0];
+  check_ids(check, args.ids, "ids", n, num_pages);
+  check.float_dtype(args.k, "k");
+  check.tensor(args.k, "k", args.k.dtype,
+               {{"n", n}, {"P", format.page_size}, {"Hkv", num_kv_heads}, {"D", format.head_dim}});
+  check.tensor(args.v, "v", args.k.dtype,
+               {{"n", n}, {"P", format.page_size}, {"Hkv", num_kv_heads}, {"Dv", format.head_dim_v}});
+  for (const Tensor* out : {&args.k, &args.v}) {
+    check.last_stride_one(*out, out == &args.k ? "k" : "v");
+    check.writable(*out, out == &args.k ? "k" : "v");
+  }
+  on_cpu_only(check, args.k_pool, "k_pool", check.device());
+  cpu::dequantize_pages(args, threads_of(context));
+}
+
+void quantize(const QuantizeArgs& args, const Context& context) {
+  const ArgChecker check("quantize", args.x.device);
+  check_rows(check, args.x, "x", args.part, args.codes, args.scale, args.min);
+  check_clip(check, args.clip, "clip");
+  on_cpu_only(check, args.x, "x", check.device());
+  cpu::quantize(args, threads_of(context));
+}
+
+void dequantize(const DequantizeArgs& args, const Context& context) {
+  const ArgChecker check("dequantize", args.codes.device);
+  check_rows(check, args.x, "x", args.part, args.codes, args.scale, args.min);
+  check.writable(args.x, "x");
+  on_cpu_only(check, args.codes, "codes", check.device());
+  cpu::dequantize(args, threads_of(context));
+}
+
+}  // namespace kvk

@@ -1,0 +1,20 @@
+// A block of rows on its way into or out of codes: what the threads hand to the kernels of a level.
+#pragma once
+
+#include "kvk/quant.h"
+
+namespace kvk::cpu {
+
+struct QuantBlock {
+  QuantPart part;
+  float clip;  // quantize only
+  int64_t tokens, dim;
+  DType dtype;
+  void* x;               // element 0 of the first row
+  int64_t token_stride;  // elements
+  uint8_t* codes;        // [tokens][dim * bits / 8]
+  f16* scale;            // [tokens / group][dim] or [tokens][dim / group]
+  f16* min;
+};
+
+}  // namespace kvk::cpu

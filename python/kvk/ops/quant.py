@@ -1,0 +1,172 @@
+"""Quantized pages: making and reading records, and the same codes for any tensor.
+
+Shapes: N pages of P tokens, Hkv kv heads, D / Dv head dims of K / V.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvk.formats.quant import AXES, QuantFormat
+
+_ops = torch.ops.kvk
+
+
+def quantize_pages(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    src: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    dst: Tensor,
+    fmt: QuantFormat,
+) -> None:
+    """Quantizes whole dense pages into records, in place.
+
+    Every group of elements gets ``min`` and ``scale = (max - min) / (2**bits - 1)``, stored as float16, and codes
+    ``round_half_even((x - min) / scale)``, made with the stored numbers (KIVI's formula). Constant groups, values
+    beyond float16, infinities and NaN: docs/formats.md.
+
+    Args:
+        k_pages: [M, P, Hkv, D], float32, bfloat16 or float16, any strides with the last one 1.
+        v_pages: [M, P, Hkv, Dv], likewise.
+        src: int32 [n], the dense pages to quantize; all P tokens of each are read.
+        k_pool, v_pool: uint8 [N, Hkv, fmt.k_record_bytes] and [N, Hkv, fmt.v_record_bytes], written;
+            records on multiples of 16 bytes.
+        dst: int32 [n], the page of the pools that each goes to; all different.
+        fmt: what the records hold.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device, stride or value; nothing has been written.
+    """
+    _ops.quantize_pages(
+        k_pages, v_pages, src, k_pool, v_pool, dst, fmt.numbers, k_clip=fmt.k_clip, v_clip=fmt.v_clip
+    )
+
+
+def dequantize_pages(
+    k_pool: Tensor, v_pool: Tensor, ids: Tensor, fmt: QuantFormat, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Reads records back into dense pages: ``x = code * scale + min`` in float32, rotated back if the format rotates.
+
+    Attention does not need it (see quant_decode): it is for moving a cache elsewhere, and for looking at it.
+
+    Args:
+        k_pool, v_pool: as quantize_pages writes them.
+        ids: int32 [n], pages of the pools.
+        fmt: what the records hold.
+        dtype: float32, bfloat16 or float16, which saturates at its largest number.
+
+    Returns:
+        k [n, P, Hkv, D] and v [n, P, Hkv, Dv].
+
+    Raises:
+        RuntimeError: as quantize_pages.
+    """
+    return _ops.dequantize_pages(k_pool, v_pool, ids, fmt.numbers, dtype)
+
+
+def quantize(
+    x: Tensor, bits: int, group: int, axis: int = -1, *, clip: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes any tensor, with the numbers of quantize_pages.
+
+    Args:
+        x: [..., n], float32, bfloat16 or float16, any leading strides, last stride 1; n a multiple of 8.
+        bits: 2, 3, 4 or 8. group: 16 to 128.
+        axis: the dimension along which groups run, which they divide: -1 (token style; group a multiple of 8) or
+            -2 (channel style; x is [..., T, n]).
+        clip: over 0 and at most 1; the ends of a group are multiplied by it first.
+
+    Returns:
+        codes uint8 [..., n * bits / 8], element j in bits [j * bits, (j + 1) * bits) of its row, low bits first;
+        scale and min float16, x's shape with dimension `axis` divided by group.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device, stride or value.
+    """
+    return _ops.quantize(x, bits, group, axis, clip=clip)
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    min: Tensor,
+    bits: int,
+    group: int,
+    axis: int = -1,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Reads back what quantize made: ``x = code * scale + min`` in float32, rounded to dtype (float16 saturates).
+
+    Args:
+        codes, scale, min, bits, group, axis: of quantize; contiguous.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        [..., n].
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device, stride or value.
+    """
+    return _ops.dequantize(codes, scale, min, bits, group, axis, dtype=dtype)
+
+
+def _check_devices(op: str, first: str, **tensors: Tensor) -> None:
+    """One meta tensor among real ones routes the call here, past the kernels' own checks."""
+    device = tensors[first].device
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise RuntimeError(f"kvk::{op}: {name} must be on {device} like {first}, got {tensor.device}")
+
+
+def _format_of(numbers: list[int]) -> QuantFormat:
+    page_size, head_dim, head_dim_v, k_bits, k_group, k_axis, k_rotate, v_bits, v_group, v_axis, v_rotate = (
+        numbers
+    )
+    return QuantFormat(
+        page_size,
+        head_dim,
+        k_bits,
+        v_bits,
+        k_group,
+        v_group,
+        AXES[k_axis],
+        AXES[v_axis],
+        head_dim_v,
+        k_rotate=k_rotate,
+        v_rotate=v_rotate,
+    )
+
+
+@torch.library.register_fake("kvk::quantize_pages")
+def _(k_pages, v_pages, src, k_pool, v_pool, dst, fmt, *, k_clip=1.0, v_clip=1.0):
+    _check_devices("quantize_pages", "k_pages", k_pages=k_pages, v_pages=v_pages, src=src, k_pool=k_pool,
+                   v_pool=v_pool, dst=dst)  # fmt: skip
+
+
+@torch.library.register_fake("kvk::dequantize_pages")
+def _(k_pool, v_pool, ids, fmt, dtype):
+    _check_devices("dequantize_pages", "k_pool", k_pool=k_pool, v_pool=v_pool, ids=ids)
+    form = _format_of(fmt)
+    shape = (ids.shape[0], form.page_size, k_pool.shape[1])
+    return (
+        k_pool.new_empty((*shape, form.head_dim), dtype=dtype),
+        k_pool.new_empty((*shape, form.head_dim_v), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("kvk::quantize")
+def _(x, bits, group, axis=-1, *, clip=1.0):
+    scales = list(x.shape)
+    scales[axis] = scales[axis] // group
+    codes = x.new_empty((*x.shape[:-1], x.shape[-1] * bits // 8), dtype=torch.uint8)
+    return codes, x.new_empty(scales, dtype=torch.float16), x.new_empty(scales, dtype=torch.float16)
+
+
+@torch.library.register_fake("kvk::dequantize")
+def _(codes, scale, min, bits, group, axis=-1, *, dtype=torch.float32):
+    _check_devices("dequantize", "codes", codes=codes, scale=scale, min=min)
+    return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 8 // bits), dtype=dtype)

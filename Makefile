@@ -71,11 +71,11 @@ $(STAMPS)/peers: pyproject.toml | $(STAMPS)/extra-bench
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
-.PHONY: help build demo test bench sanitize lint format clean
+.PHONY: help build demo test bench sanitize gpu-check lint format clean
 
 help:  ## this list
 	@echo "make COMMAND, with the options at the top of Makefile:"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(LIBRARY) $(STAMPS)/kvk  ## build libkvk.so and install kvk, editable, in .venv
 
@@ -114,6 +114,10 @@ sanitize: $(STAMPS)/tools  ## run the C++ tests with AddressSanitizer and UBSan
 	  echo "== sanitizers, $$level"; \
 	  KVK_CPU_LEVEL=$$level $(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel $(JOBS); \
 	done
+
+# No set-up of its own: a machine with a card may have no network, a Python of its own, and libkvk.so carried to it.
+gpu-check:  ## check the CUDA kernels on a card (ARGS=--dry-run: what needs none)
+	$(or $(wildcard $(BIN)/python),python3) tests/gpu/check.py $(ARGS)
 
 clean:  ## remove what was built, not .venv
 	rm -rf build dist python/kvk.egg-info $(LIBRARY) .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

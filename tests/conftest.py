@@ -6,6 +6,8 @@ The default profile repeats the same examples on every run; KVK_HYPOTHESIS_PROFI
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """All from this one place, so that the summary says it once, with their number."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no card: torch.cuda.is_available() is False (docs/cuda.md, Checks on a card)")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """One line where tests were passed over for want of a card: do the wrappers still await a run on one?"""
+    if any("no card:" in str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])):
+        sys.path.append(str(Path(__file__).parent / "gpu"))
+        import wrappers
+
+        line = wrappers.state_line()
+        if line is not None:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,0 +1,202 @@
+"""Paged attention on a card against its peers: `python -m bench.bench_paged_cuda`, in a checkout.
+
+Decode reads every key and value once, so the copy bandwidth is its ceiling; prefill of thousands of tokens is bound by
+the rate of the tensor cores. pytest finds no benchmark here: the CPU's are bench_paged.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import AttentionCase, WrongResultError
+from bench.record import SCHEMA, git_commit, write_json
+from bench.report import fraction_text, ratio_text, seconds_text
+
+# What a row should reach (docs/benchmarks.md): a part of the measured copy bandwidth, or TFLOP/s of an H100 or H200.
+DECODE_AIM, DECODE_ALONE_AIM, PREFILL_AIM = 0.85, 0.70, 330e3
+
+
+def cases() -> list[AttentionCase]:
+    """The sizes of the speed targets first, so that a short run has them."""
+    full = AttentionCase("bf16", batch=8, kv_len=32768, headline=True)
+    alone = replace(full, batch=1)
+    prompt = AttentionCase("bf16", q_len=8192, kv_len=8192, headline=True)
+    return [
+        full,
+        alone,
+        prompt,
+        replace(full, page_size=64),
+        replace(alone, page_size=64),
+        replace(prompt, batch=4, q_len=2048, kv_len=2048, headline=False),
+        replace(prompt, q_len=512, kv_len=32768, headline=False),
+        replace(full, layout="HND", headline=False),
+        replace(full, batch=64, kv_len=1024, headline=False),
+        replace(full, q_heads=64, headline=False),
+        replace(full, dtype="f16", headline=False),
+        replace(prompt, dtype="f16", headline=False),
+        replace(alone, kv_len=131072, page_size=64, headline=False),
+    ]
+
+
+def aim(row: dict[str, Any], case: AttentionCase) -> str | None:
+    """Whether a headline row reaches its target: "met", "missed", or None where there is none."""
+    if not case.headline:
+        return None
+    if case.q_len > 1:
+        return "met" if row["gflop_s"] >= PREFILL_AIM else "missed"
+    return "met" if row["fraction"] >= (DECODE_AIM if case.batch >= 8 else DECODE_ALONE_AIM) else "missed"
+
+
+def table(run: dict[str, Any]) -> str:
+    """Markdown: a row for each case, a column for each peer, then why peers are missing."""
+    rows = run["rows"]
+    peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    lines = [
+        f"| op | case | time | GB/s | TFLOP/s | of ceiling | aim | {' | '.join(peers)} |",
+        f"|---|---|---:|---:|---:|---:|---|{'---:|' * len(peers)}",
+    ]
+    for row in rows:
+        ratios = [ratio_text(row["peers"][p]["ratio"]) if p in row["peers"] else "-" for p in peers]
+        cells = [
+            row["op"],
+            row["case"] + ("" if row["seconds"]["graph"] else " (no graph)"),
+            seconds_text(row["seconds"]["median"]),
+            f"{row['gb_s']:.0f}",
+            f"{row['gflop_s'] / 1e3:.1f}",
+            f"{fraction_text(row['fraction'])} of {row['bound']}",
+            row["aim"] or "",
+            *ratios,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    ceilings = ", ".join(f"{c['kind']} {c['best']:.0f} {c['unit']}" for c in run["ceilings"])
+    lines += [
+        "",
+        f"Ceilings, best of this run: {ceilings}. Peers: their time over kvk's; above 1 kvk is faster.",
+        "",
+    ]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for peer, reason in row["notes"].items():
+            reasons.setdefault((peer, reason), []).append(row["case"])
+    for (peer, reason), names in reasons.items():
+        where = "everywhere" if len(names) == len(rows) else ", ".join(names)
+        lines.append(f"- {peer} left out ({reason}): {where}")
+    lines += [f"- {error}" for error in run["errors"]]
+    return "\n".join(lines) + "\n"
+
+
+def measure(
+    chosen: Sequence[AttentionCase], words: str | None, seconds: float, rounds: int
+) -> dict[str, Any]:
+    """Rows until the time is over; a wrong result of kvk is an error of the run, and the next case goes on."""
+    from bench import cuda_peers
+    from bench.cuda_harness import CudaCeilings, CudaMeasurement
+
+    start = time.monotonic()
+    ceilings = CudaCeilings()
+    others = [
+        p for p in cuda_peers.peers() if words is None or any(w and w in p.name for w in words.split(","))
+    ]
+    rows, errors, skipped = [], [], []
+    for case in chosen:
+        if rows and time.monotonic() - start > seconds:
+            skipped.append(case.name)
+            continue
+        try:
+            row = CudaMeasurement(case, [cuda_peers.Kvk(), *others], ceilings, rounds, turn=0.02).run()
+        except (WrongResultError, RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            errors.append(f"{case.op} {case.name}: {str(error).splitlines()[0]}")
+            print(errors[-1], flush=True)
+            continue
+        finally:
+            torch.cuda.empty_cache()
+        row["aim"] = aim(row, case)
+        rows.append(row)
+        print(
+            f"{row['op']:<14} {row['case']:<26} {seconds_text(row['seconds']['median']):>9} "
+            f"{fraction_text(row['fraction']):>4} of {row['bound']}",
+            flush=True,
+        )
+    if skipped:
+        errors.append(f"no time was left for {', '.join(skipped)}")
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "machine": {
+            "card": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_cache_bytes": properties.L2_cache_size,
+        },
+        "versions": {"python": platform.python_version(), **cuda_peers.versions()},
+        "ceilings": ceilings.as_json(),
+        "rows": rows,
+        "errors": errors,
+        "wrong": len(errors) - bool(skipped),
+    }
+
+
+def last_line(run: dict[str, Any]) -> str:
+    """The run in one line."""
+    slowest = [
+        (peer["ratio"], name, row["case"]) for row in run["rows"] for name, peer in row["peers"].items()
+    ]
+    text = f"{len(run['rows'])} rows, {run['wrong']} errors"
+    aims = [row["aim"] for row in run["rows"] if row["aim"]]
+    text += f", {aims.count('met')} of {len(aims)} aims met"
+    if slowest:
+        ratio, name, case = min(slowest)
+        text += f"; nearest or fastest peer {name} at {ratio_text(ratio)} ({case})"
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: every row was right; 1: one was not; 2: no card."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bench_paged_cuda", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("-k", metavar="WORD", default="", help="only cases with this in their name")
+    parser.add_argument("--peers", metavar="WORDS", help="only peers named with one of these, or 'none'")
+    parser.add_argument("--seconds", type=float, default=600, help="no new case after so long")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="the table as Markdown")
+    parser.add_argument(
+        "--list", action="store_true", help="list the cases and the peers that are here, and stop"
+    )
+    options = parser.parse_args(argv)
+    chosen = [case for case in cases() if options.k in f"{case.op}-{case.name}"]
+    if options.list:
+        for case in chosen:
+            print(f"{case.op:<14} {case.name:<26} {case.bytes / 1e6:8.0f} MB {case.flops / 1e9:9.1f} GFLOP")
+        from bench import cuda_peers
+
+        print(f"{len(chosen)} cases; {json.dumps(cuda_peers.versions())}")
+        return 0
+    if not torch.cuda.is_available():
+        print("no card: torch.cuda.is_available() is False", file=sys.stderr)
+        return 2
+    run = measure(chosen, options.peers, options.seconds, options.rounds)
+    if options.json:
+        write_json(options.json, run)
+    if options.table:
+        options.table.write_text(table(run))
+    print("\n" + table(run))
+    print(last_line(run))
+    return 1 if run["wrong"] or not run["rows"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

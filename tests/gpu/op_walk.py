@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Every op once or twice, small: what compute-sanitizer watches.
+
+python tests/gpu/op_walk.py              on the card
+python tests/gpu/op_walk.py --emulated   over the device emulator, to see that the program itself is right
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from card import Card, CudaCard, EmulatedCard
+from kvk import reference
+from kvk_testing import assert_bit_equal
+from paged_cases import make_case
+
+BF16 = {"dtype": torch.bfloat16, "head_dim": 64}
+F16 = {"dtype": torch.float16, "head_dim": 32, "head_dim_v": 40}
+ALL = {"window_left": 300, "logits_soft_cap": 8.0, "alibi": True, "sinks": True, "key_bias": "head"}
+
+
+def walk(card: Card) -> int:
+    """Runs and checks; how many calls."""
+    # Several splits, several tiles a split, odd pages, empty requests, every form of the table.
+    cases = [
+        make_case([600, 0, 1, 1100, 70], group=7, page_size=5, layout="hnd", **BF16),
+        make_case([600, 33], group=4, table="csr_per_head", **ALL, **F16),
+        make_case([600, 0, 70, 130], [1, 3, 70, 40], page_size=7, padding_rows=2, **BF16),
+        make_case([300, 90], [40, 3], group=3, table="per_head", mask="tree", **ALL, **F16),
+    ]
+    for case in cases:
+        card.check(case)
+    gen = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        pools = [torch.zeros(6, 5, 3, dim, dtype=dtype) for dim in (64, 40)]
+        rows = [torch.randn(17, 3, dim, generator=gen).to(dtype) for dim in (64, 40)]
+        slots = torch.randperm(30, generator=gen)[:17]
+        slots[3] = -1
+        want = [pages.clone() for pages in pools]
+        reference.append_kv(*rows, *want, slots)
+        on_card = card.put([*rows, *pools, slots])
+        card.ops.append_kv(*on_card)
+        for got, right in zip(on_card[2:4], want, strict=True):
+            assert_bit_equal(got.cpu(), right)
+        out, lse = torch.randn(5, 9, 3, 33, generator=gen).to(dtype), torch.randn(5, 9, 3, generator=gen)
+        parts = card.put([out, lse])
+        merged = card.ops.merge_states(*parts)
+        exact = reference.merge_states(out, lse)
+        torch.testing.assert_close(merged[1].cpu().double(), exact[1], rtol=1e-4, atol=1e-4)
+        grads = card.ops.merge_states_backward(*merged, *parts)
+        assert all(bool(grad.isfinite().all()) for grad in grads)
+    return len(cases) + 6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="a small call of every op")
+    parser.add_argument("--emulated", action="store_true", help="over the device emulator")
+    card = EmulatedCard() if parser.parse_args().emulated else CudaCard()
+    calls = walk(card)
+    if card.name == "cuda":
+        torch.cuda.synchronize()
+    print(f"{calls} calls, all right ({card.name})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from bench.cases import AttentionCase, WrongResultError
 from bench.record import SCHEMA, git_commit, write_json
 from bench.report import fraction_text, ratio_text, seconds_text
 
-# What a row should reach (docs/benchmarks.md): a part of the measured copy bandwidth, or TFLOP/s of an H100 or H200.
+# What a headline row should reach: a part of the measured copy bandwidth, or GFLOP/s of an H100 or H200.
 DECODE_AIM, DECODE_ALONE_AIM, PREFILL_AIM = 0.85, 0.70, 330e3
 
 
@@ -93,13 +93,16 @@ def table(run: dict[str, Any]) -> str:
         where = "everywhere" if len(names) == len(rows) else ", ".join(names)
         lines.append(f"- {peer} left out ({reason}): {where}")
     lines += [f"- {error}" for error in run["errors"]]
+    if run["not_run"]:
+        lines.append(f"- no time was left for {', '.join(run['not_run'])}")
     return "\n".join(lines) + "\n"
 
 
 def measure(
     chosen: Sequence[AttentionCase], words: str | None, seconds: float, rounds: int
-) -> dict[str, Any]:
-    """Rows until the time is over; a wrong result of kvk is an error of the run, and the next case goes on."""
+) -> Iterator[dict[str, Any]]:
+    """The run so far, after every case, until the time is over. A wrong result of kvk is an error of the run, and the
+    next case goes on."""
     from bench import cuda_peers
     from bench.cuda_harness import CudaCeilings, CudaMeasurement
 
@@ -108,30 +111,8 @@ def measure(
     others = [
         p for p in cuda_peers.peers() if words is None or any(w and w in p.name for w in words.split(","))
     ]
-    rows, errors, skipped = [], [], []
-    for case in chosen:
-        if rows and time.monotonic() - start > seconds:
-            skipped.append(case.name)
-            continue
-        try:
-            row = CudaMeasurement(case, [cuda_peers.Kvk(), *others], ceilings, rounds, turn=0.02).run()
-        except (WrongResultError, RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            errors.append(f"{case.op} {case.name}: {str(error).splitlines()[0]}")
-            print(errors[-1], flush=True)
-            continue
-        finally:
-            torch.cuda.empty_cache()
-        row["aim"] = aim(row, case)
-        rows.append(row)
-        print(
-            f"{row['op']:<14} {row['case']:<26} {seconds_text(row['seconds']['median']):>9} "
-            f"{fraction_text(row['fraction']):>4} of {row['bound']}",
-            flush=True,
-        )
-    if skipped:
-        errors.append(f"no time was left for {', '.join(skipped)}")
     properties = torch.cuda.get_device_properties(0)
-    return {
+    run: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": git_commit(),
@@ -141,11 +122,30 @@ def measure(
             "l2_cache_bytes": properties.L2_cache_size,
         },
         "versions": {"python": platform.python_version(), **cuda_peers.versions()},
-        "ceilings": ceilings.as_json(),
-        "rows": rows,
-        "errors": errors,
-        "wrong": len(errors) - bool(skipped),
+        "ceilings": [],
+        "rows": [],
+        "errors": [],
+        "not_run": [],
     }
+    for case in chosen:
+        if run["rows"] and time.monotonic() - start > seconds:
+            run["not_run"].append(case.name)
+            continue
+        try:
+            row = CudaMeasurement(case, [cuda_peers.Kvk(), *others], ceilings, rounds, turn=0.02).run()
+            row["aim"] = aim(row, case)
+            run["rows"].append(row)
+            print(
+                f"{row['op']:<14} {row['case']:<26} {seconds_text(row['seconds']['median']):>9} "
+                f"{fraction_text(row['fraction']):>4} of {row['bound']}",
+                flush=True,
+            )
+        except (WrongResultError, RuntimeError) as error:
+            run["errors"].append(f"{case.op} {case.name}: {(str(error).splitlines() or [''])[0]}")
+            print(run["errors"][-1], flush=True)
+        torch.cuda.empty_cache()
+        run["ceilings"] = ceilings.as_json()
+        yield run
 
 
 def last_line(run: dict[str, Any]) -> str:
@@ -153,7 +153,9 @@ def last_line(run: dict[str, Any]) -> str:
     slowest = [
         (peer["ratio"], name, row["case"]) for row in run["rows"] for name, peer in row["peers"].items()
     ]
-    text = f"{len(run['rows'])} rows, {run['wrong']} errors"
+    text = f"{len(run['rows'])} rows, {len(run['errors'])} errors"
+    if run["not_run"]:
+        text += f", no time for {len(run['not_run'])} cases"
     aims = [row["aim"] for row in run["rows"] if row["aim"]]
     text += f", {aims.count('met')} of {len(aims)} aims met"
     if slowest:
@@ -188,14 +190,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no card: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
-    run = measure(chosen, options.peers, options.seconds, options.rounds)
-    if options.json:
-        write_json(options.json, run)
-    if options.table:
-        options.table.write_text(table(run))
+    run: dict[str, Any] = {"rows": [], "errors": [], "not_run": [], "ceilings": []}
+    for run in measure(chosen, options.peers, options.seconds, options.rounds):
+        if options.json:  # after every row: who stops the run keeps what it had
+            write_json(options.json, run)
+        if options.table:
+            options.table.write_text(table(run))
     print("\n" + table(run))
     print(last_line(run))
-    return 1 if run["wrong"] or not run["rows"] else 0
+    return 1 if run["errors"] or not run["rows"] else 0
 
 
 if __name__ == "__main__":

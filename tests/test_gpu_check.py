@@ -16,6 +16,7 @@ import torch
 from building import ROOT
 
 sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT)]
+import check as check_script  # noqa: E402
 import conformance  # noqa: E402
 import parts  # noqa: E402
 import wrappers  # noqa: E402
@@ -170,6 +171,31 @@ class TestOnACard:
         assert part.status == status and part.detail.count(detail) == 4, part
         log = (setting.output / "sanitizer.log").read_text()
         assert all(f"tool {tool}" in log for tool in parts.SANITIZERS) and "kns=_ZN3kvk6device" in log
+
+    def test_the_record(self, monkeypatch, tmp_path, capsys):
+        """A run on a card: one part fails by an error of its own, one finds no time, and both are told."""
+
+        def failing(setting):
+            raise ValueError("out of luck\nand more")
+
+        passing = parts.Part("passed", "3 of 3", {"rows": 3}, "| a table |\n")
+        monkeypatch.setattr(check_script, "PARTS", {"one": (lambda s: passing, 30), "two": (failing, 30)})
+        monkeypatch.setattr(check_script, "card_facts", lambda: {"card": "A Card", "torch": "2.11"})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        arguments = ["--parts=one,two", f"--output={tmp_path}"]
+        assert check_script.main(arguments) == 1
+        record = json.loads((tmp_path / "gpu-check.json").read_text())
+        assert record["card"] == "A Card" and not record["dry_run"] and record["schema"] == wrappers.SCHEMA
+        assert record["parts"]["two"]["detail"] == "ValueError: out of luck"
+        text = (tmp_path / "gpu-check.md").read_text()
+        assert "| one | passed |" in text and "| a table |" in text and "kvk on A Card" in text
+        assert "not passed: two" in capsys.readouterr().out
+        assert check_script.main(["--parts=one", f"--output={tmp_path}"]) == 0
+        assert f"bench/results/gpu-a-card-{record['date'][:10]}.json" in capsys.readouterr().out
+        assert check_script.main([*arguments, "--total=8"]) == 1
+        assert "no time was left" in (tmp_path / "gpu-check.md").read_text()
+        with pytest.raises(SystemExit):
+            check_script.main(["--parts=three"])
 
     def test_sanitizer_that_is_not_there(self, setting, monkeypatch):
         monkeypatch.setattr(parts, "find_sanitizer", lambda: None)
@@ -352,7 +378,8 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(cuda_harness, "draw", lambda case, seed: cuda_data.draw(case, seed, "cpu"))
     monkeypatch.setattr(cuda_harness, "COPY_BYTES", 1 << 20)
     monkeypatch.setattr(cuda_harness, "MATRIX_SIZE", 64)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 16))
+    properties = SimpleNamespace(name="A Card", multi_processor_count=4, L2_cache_size=1 << 16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
 
 class TestBench:
@@ -367,10 +394,42 @@ class TestBench:
         assert "off by" in row["notes"]["wrong peer"] and row["notes"]["absent"] == "not installed"
         assert row["notes"]["broken"] == "failed: ValueError: no such thing"
         row["aim"] = bench_paged_cuda.aim(row, case)
-        run = {"rows": [row], "errors": [], "wrong": 0, "ceilings": ceilings.as_json()}
+        run = {"rows": [row], "errors": [], "not_run": ["x"], "ceilings": ceilings.as_json()}
         table = bench_paged_cuda.table(run)
         assert f"| {row['op']} | {case.name} (no graph) |" in table and "broken left out" in table
-        assert "1 rows, 0 errors" in bench_paged_cuda.last_line(run)
+        assert "1 rows, 0 errors, no time for 1 cases" in bench_paged_cuda.last_line(run)
+
+    def test_a_run(self, on_the_cpu, monkeypatch, tmp_path, capsys):
+        """The command, with kvk and one peer: an error in one case is reported, and the next goes on."""
+        from bench import cuda_peers
+
+        small = [SMALL, replace(SMALL, kv_len=100), replace(SMALL, q_len=40, headline=False)]
+        wrong = Ours()
+        real = wrong.build
+
+        def build(data):
+            wrong.scale = 1.2 if data.case.kv_len == 100 else 1.0
+            return real(data)
+
+        wrong.build = build
+        ceilings = cuda_harness.CudaCeilings("cpu")
+        monkeypatch.setattr(bench_paged_cuda, "cases", lambda: small)
+        monkeypatch.setattr(cuda_harness, "CudaCeilings", lambda: ceilings)
+        monkeypatch.setattr(cuda_peers, "Kvk", lambda: wrong)
+        monkeypatch.setattr(cuda_peers, "peers", lambda: [Peer(), Absent()])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        file, table = tmp_path / "bench.json", tmp_path / "bench.md"
+        arguments = [f"--json={file}", f"--table={table}", "--rounds=2"]
+        assert bench_paged_cuda.main(arguments) == 1
+        run = json.loads(file.read_text())
+        assert [row["case"] for row in run["rows"]] == [small[0].name, small[2].name]
+        assert "off by" in run["errors"][0] and small[1].name in table.read_text()
+        assert "2 rows, 1 errors" in capsys.readouterr().out
+        assert run["machine"]["card"] == "A Card" and {c["kind"] for c in run["ceilings"]} == {
+            "copy",
+            "matrix",
+        }
 
     def test_a_wrong_kvk_is_an_error(self, on_the_cpu):
         with pytest.raises(WrongResultError, match="out is off by"):

@@ -100,6 +100,10 @@ def compile_kernels(setting: Setting) -> Part:
     found = re.findall(r"^(\d+) kernels in ([\d.]+) s", done.text, re.MULTILINE)
     numbers = {"kernels": int(found[-1][0]), "compile_seconds": float(found[-1][1])} if found else {}
     detail = done.last_line
+    spilling = len(re.findall(r" [1-9]\d* B spills", done.text))
+    if spilling:  # the gate's NVRTC may be another
+        numbers["spilling_kernels"] = spilling
+        detail += f"; {spilling} spill with this NVRTC"
     if done.status == 0 and setting.dry_run:
         import conformance
 

@@ -139,6 +139,7 @@ def test_result_does_not_depend_on_the_batch(card, op, dtype):
 
 
 def room_for(gib: float) -> None:
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gib:
         pytest.skip(f"needs {gib} GiB on the card, {free:.1f} are free")

@@ -101,6 +101,10 @@ class TestDecode:
     def test_options(self, card: Card, group, options):
         card.check(make_case([1, 33, 0, 70, 600], group=group, page_size=7, **options, **F16))
 
+    @pytest.mark.parametrize("window", [511, 512, 600, 1100])
+    def test_window_of_several_splits(self, card: Card, window):
+        card.check(make_case([1500, 2100, 700], num_kv_heads=1, group=3, window_left=window, **BF16))
+
     @pytest.mark.parametrize("group", [1, 5, 7, 8])
     def test_all_options(self, card: Card, group):
         options = {**ALL, "hidden_keys": 0.2, "softmax_scale": 0.3}
@@ -134,6 +138,12 @@ class TestPrefill:
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_layouts_and_tables(self, card: Card, layout, table):
         case = make_case([70, 1, 130], [33, 1, 40], layout=layout, table=table, page_size=7, **BF16)
+        card.check(case)
+
+    @pytest.mark.parametrize("window", [511, 600, 1100])
+    def test_window_of_several_splits(self, card: Card, window):
+        """Of requests of few tokens, which are split like those of decode, and of many."""
+        case = make_case([1500, 2100, 1300], [3, 1, 20], num_kv_heads=1, group=3, window_left=window, **BF16)
         card.check(case)
 
     def test_per_head_lens(self, card: Card):
@@ -282,6 +292,25 @@ class TestAppend:
         card.ops.append_kv(k, v, k_pages, v_pages, slots)
         assert_bit_equal(k_pages.cpu(), want_k, "k_pages")
         assert_bit_equal(v_pages.cpu(), want_v, "v_pages")
+
+    @pytest.mark.parametrize("odd", ["k", "v", "k_pages", "v_pages"])
+    def test_rows_off_16_bytes(self, card: Card, odd):
+        """One tensor whose rows cannot be read or written 16 bytes at a time, among aligned ones."""
+        gen = torch.Generator().manual_seed(3)
+
+        def rows(name, *shape):
+            start = 3 if name == odd else 0
+            return random_bytes((*shape, 80), torch.bfloat16, gen)[..., start : start + 64]
+
+        k, v = (rows(name, 9, 2) for name in ("k", "v"))
+        k_pages, v_pages = (rows(name, 3, 7, 2) for name in ("k_pages", "v_pages"))
+        slots = torch.randperm(21, generator=gen)[:9]
+        want_k, want_v = k_pages.clone(), v_pages.clone()
+        reference.append_kv(k, v, want_k, want_v, slots)
+        on_card = card.put([k, v, k_pages, v_pages, slots])
+        card.ops.append_kv(*on_card)
+        assert_bit_equal(on_card[2].cpu(), want_k, "k_pages")
+        assert_bit_equal(on_card[3].cpu(), want_v, "v_pages")
 
     def test_slots_past_the_pool_are_skipped(self, card: Card):
         """Values on a card are trusted, but can never make a kernel write outside its output."""

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/quant_check.h"
 
 namespace kvk {
 namespace {
@@ -13,6 +14,9 @@ constexpr int64_t kMaxLen = int64_t{1} << 31;  // lengths are int32
 
 struct PoolShape {
   int64_t num_pages, page_size, num_kv_heads, head_dim, head_dim_v;
+  int64_t num_dense_pages = -1;  // of the pool beside the records; -1: page references carry no tag
+
+  int64_t all_pages() const { return num_pages + std::max<int64_t>(0, num_dense_pages); }
 };
 
 PoolShape check_pools(const ArgChecker& check, const Tensor& k_pages, const Tensor& v_pages, DType dtype) {
@@ -47,6 +51,28 @@ void check_starts(const ArgChecker& check, const Tensor& starts, const char* nam
     previous = start;
   }
   if (previous > limit) fail(check.op(), name, " must end within the ", limit, " ", of, ", got ", previous);
+}
+
+// One entry of a page table in use.
+void check_page(const ArgChecker& check, const PoolShape& pool, int64_t entry, int64_t request, int64_t index) {
+  int64_t page = entry, limit = pool.num_pages;
+  const char* kind = "";
+  if (pool.num_dense_pages >= 0 && entry >= 0) {
+    const PageReference reference(entry);
+    if (reference.tag > 1) {
+      fail(check.op(), "page_indices: request ", request, " has a page with tag ", reference.tag,
+           ", want 0 (record) or 1 (dense) (entry ", index, " of its list)");
+    }
+    page = reference.page;
+    if (reference.tag == 1) {
+      limit = pool.num_dense_pages;
+      kind = "dense ";
+    }
+  }
+  if (page < 0 || page >= limit) {
+    fail(check.op(), "page_indices: request ", request, " needs ", kind, "page ", page, " of a pool of ", limit,
+         " pages (entry ", index, " of its list)");
+  }
 }
 
 // Forms and values of the page table. Values are read: the CPU always checks them.
@@ -114,11 +140,7 @@ PageList check_table(const ArgChecker& check, const PageTable& table, int64_t nu
       const int32_t* pages = list.pages(b, h);
       const int64_t used = (len + pool.page_size - 1) / pool.page_size;
       for (int64_t i = 0; i < used; ++i) {
-        const int64_t page = pages[i * list.index_stride];
-        if (page < 0 || page >= pool.num_pages) {
-          fail(check.op(), "page_indices: request ", b, " needs page ", page, " of a pool of ", pool.num_pages,
-               " pages (entry ", i, " of its list)");
-        }
+        check_page(check, pool, pages[i * list.index_stride], b, i);
       }
     }
   }
@@ -153,10 +175,10 @@ void check_score(const ArgChecker& check, const ScoreOptions& score, int64_t num
     const Tensor& bias = *score.key_bias;
     if (bias.ndim == 3) {
       check.tensor(bias, "key_bias", DType::f32,
-                   {{"N", pool.num_pages}, {"P", pool.page_size}, {"Hkv", pool.num_kv_heads}});
+                   {{"N", pool.all_pages()}, {"P", pool.page_size}, {"Hkv", pool.num_kv_heads}});
       problem.bias_head_stride = bias.stride[2];
     } else {
-      check.tensor(bias, "key_bias", DType::f32, {{"N", pool.num_pages}, {"P", pool.page_size}});
+      check.tensor(bias, "key_bias", DType::f32, {{"N", pool.all_pages()}, {"P", pool.page_size}});
     }
     problem.key_bias = bias.ptr<const float>();
     problem.bias_page_stride = bias.stride[0];
@@ -164,37 +186,42 @@ void check_score(const ArgChecker& check, const ScoreOptions& score, int64_t num
   }
 }
 
-// What decode and prefill share. `rows` names q's first dimension.
-PagedProblem check_attention(const ArgChecker& check, const PagedDecodeArgs& args, const char* rows,
-                             int64_t num_requests) {
-  check.float_dtype(args.q, "q");
-  check.tensor(args.q, "q", args.q.dtype, {{rows}, {"Hq"}, {"D"}});
+// What an op attends with, whatever its pages are.
+struct Queries {
+  const Tensor& q;
+  const PageTable& table;
+  const ScoreOptions& score;
+  const Tensor& out;
+  const Tensor& lse;
+  const char* rows;  // names q's first dimension
+  int64_t num_requests;
+};
+
+// The problem without its pools.
+PagedProblem check_queries(const ArgChecker& check, const Queries& args, const PoolShape& pool) {
   const DType dtype = args.q.dtype;
-  const PoolShape pool = check_pools(check, args.k_pages, args.v_pages, dtype);
   const int64_t num_tokens = args.q.shape[0], num_q_heads = args.q.shape[1];
-  check.tensor(args.q, "q", dtype, {{rows}, {"Hq"}, {"D", pool.head_dim}});
+  check.tensor(args.q, "q", dtype, {{args.rows}, {"Hq"}, {"D", pool.head_dim}});
   check.last_stride_one(args.q, "q");
-  for (const auto& [tensor, name] : {std::pair{&args.q, "q"}, {&args.k_pages, "k_pages"}, {&args.v_pages, "v_pages"}}) {
-    check.aligned_rows(*tensor, name);
-  }
+  check.aligned_rows(args.q, "q");
   if (check.device().type == DeviceType::cuda && dtype == DType::f32) {
     fail(check.op(), "q must be bfloat16 or float16 on a card, got float32");
   }
   if (num_q_heads < 1 || num_q_heads % pool.num_kv_heads != 0) {
     fail(check.op(), "q: the number of query heads must be a multiple of the ", pool.num_kv_heads,
-         " kv heads of k_pages, got ", num_q_heads);
+         " kv heads of the pages, got ", num_q_heads);
   }
-  check.tensor(args.out, "out", dtype, {{rows, num_tokens}, {"Hq", num_q_heads}, {"Dv", pool.head_dim_v}});
+  check.tensor(args.out, "out", dtype, {{args.rows, num_tokens}, {"Hq", num_q_heads}, {"Dv", pool.head_dim_v}});
   check.last_stride_one(args.out, "out");
   check.writable(args.out, "out");
-  check.tensor(args.lse, "lse", DType::f32, {{rows, num_tokens}, {"Hq", num_q_heads}});
+  check.tensor(args.lse, "lse", DType::f32, {{args.rows, num_tokens}, {"Hq", num_q_heads}});
   check.writable(args.lse, "lse");
 
   PagedProblem problem = {};
   check_score(check, args.score, num_q_heads, pool, problem);
-  problem.list = check_table(check, args.table, num_requests, pool);
+  problem.list = check_table(check, args.table, args.num_requests, pool);
   problem.dtype = dtype;
-  problem.num_requests = static_cast<int32_t>(num_requests);
+  problem.num_requests = static_cast<int32_t>(args.num_requests);
   problem.num_kv_heads = static_cast<int32_t>(pool.num_kv_heads);
   problem.group = static_cast<int32_t>(num_q_heads / pool.num_kv_heads);
   problem.head_dim = static_cast<int32_t>(pool.head_dim);
@@ -202,8 +229,6 @@ PagedProblem check_attention(const ArgChecker& check, const PagedDecodeArgs& arg
   problem.num_tokens = num_tokens;
   problem.page_size = pool.page_size;
   problem.q = rows_view(args.q);
-  problem.k = pool_view(args.k_pages);
-  problem.v = pool_view(args.v_pages);
   problem.causal = true;
   problem.mask_width = -1;
   problem.out = rows_view(args.out);
@@ -213,22 +238,79 @@ PagedProblem check_attention(const ArgChecker& check, const PagedDecodeArgs& arg
   return problem;
 }
 
-void check_mask(const ArgChecker& check, const PagedPrefillArgs& args, PagedProblem& problem) {
-  if (args.mask_width < -1) {
-    fail(check.op(), "mask_width must be -1 (the request's own tokens) or at least 0, got ", args.mask_width);
+void check_q(const ArgChecker& check, const Tensor& q, const char* rows) {
+  check.float_dtype(q, "q");
+  check.tensor(q, "q", q.dtype, {{rows}, {"Hq"}, {"D"}});
+}
+
+// What decode and prefill share. `rows` names q's first dimension.
+PagedProblem check_attention(const ArgChecker& check, const PagedDecodeArgs& args, const char* rows,
+                             int64_t num_requests) {
+  check_q(check, args.q, rows);
+  const PoolShape pool = check_pools(check, args.k_pages, args.v_pages, args.q.dtype);
+  check.aligned_rows(args.k_pages, "k_pages");
+  check.aligned_rows(args.v_pages, "v_pages");
+  PagedProblem problem =
+      check_queries(check, {args.q, args.table, args.score, args.out, args.lse, rows, num_requests}, pool);
+  problem.k = pool_view(args.k_pages);
+  problem.v = pool_view(args.v_pages);
+  return problem;
+}
+
+// The same over records and dense pages.
+PagedProblem check_quant_attention(const ArgChecker& check, const QuantDecodeArgs& args, const char* rows,
+                                   int64_t num_requests, QuantPools& pools) {
+  const QuantFormat& format = args.format;
+  check_q(check, args.q, rows);
+  check_record_pool(check, args.k_pool, "k_pool", -1, -1, format.k_layout().record_bytes);
+  PoolShape pool = {args.k_pool.shape[0], format.page_size,  args.k_pool.shape[1],
+                    format.head_dim,      format.head_dim_v, 0};
+  check_record_pool(check, args.v_pool, "v_pool", pool.num_pages, pool.num_kv_heads, format.v_layout().record_bytes);
+  if (pool.num_kv_heads < 1) fail(check.op(), "k_pool must have at least one kv head, got ", pool.num_kv_heads);
+  if (args.k_pages.has_value() != args.v_pages.has_value()) {
+    fail(check.op(), "k_pages and v_pages go together, got no ", args.k_pages ? "v_pages" : "k_pages");
   }
-  if (!args.mask_bits) {
-    if (args.mask_width != -1) fail(check.op(), "mask_width is given without mask_bits, got ", args.mask_width);
+  if (args.k_pages) {
+    const PoolShape dense = check_pools(check, *args.k_pages, *args.v_pages, args.q.dtype);
+    check.tensor(*args.k_pages, "k_pages", args.q.dtype,
+                 {{"M"}, {"P", pool.page_size}, {"Hkv", pool.num_kv_heads}, {"D", pool.head_dim}});
+    check.tensor(*args.v_pages, "v_pages", args.q.dtype,
+                 {{"M"}, {"P", pool.page_size}, {"Hkv", pool.num_kv_heads}, {"Dv", pool.head_dim_v}});
+    pool.num_dense_pages = dense.num_pages;
+  }
+  PagedProblem problem =
+      check_queries(check, {args.q, args.table, args.score, args.out, args.lse, rows, num_requests}, pool);
+  problem.k = args.k_pages ? pool_view(*args.k_pages) : PoolView{};
+  problem.v = args.v_pages ? pool_view(*args.v_pages) : PoolView{};
+  pools = {format,
+           args.k_pool.ptr<const uint8_t>(),
+           args.v_pool.ptr<const uint8_t>(),
+           args.k_pool.stride[0],
+           args.k_pool.stride[1],
+           args.v_pool.stride[0],
+           args.v_pool.stride[1],
+           pool.num_pages};
+  problem.quant = &pools;
+  return problem;
+}
+
+void check_mask(const ArgChecker& check, const std::optional<Tensor>& mask_bits, int64_t mask_width,
+                PagedProblem& problem) {
+  if (mask_width < -1) {
+    fail(check.op(), "mask_width must be -1 (the request's own tokens) or at least 0, got ", mask_width);
+  }
+  if (!mask_bits) {
+    if (mask_width != -1) fail(check.op(), "mask_width is given without mask_bits, got ", mask_width);
     return;
   }
-  const Tensor& bits = *args.mask_bits;
+  const Tensor& bits = *mask_bits;
   check.tensor(bits, "mask_bits", DType::i32, {{"T", problem.num_tokens}, {"words"}});
   const int64_t capacity = bits.shape[1] * 32;
-  if (args.mask_width > capacity) {
+  if (mask_width > capacity) {
     fail(check.op(), "mask_bits: ", bits.shape[1], " words a row hold ", capacity, " bits, mask_width wants ",
-         args.mask_width);
+         mask_width);
   }
-  if (args.mask_width == -1 && check.device().type == DeviceType::cpu) {
+  if (mask_width == -1 && check.device().type == DeviceType::cpu) {
     for (int64_t b = 0; b < problem.num_requests; ++b) {
       if (problem.num_request_tokens(b) > capacity) {
         fail(check.op(), "mask_bits: ", bits.shape[1], " words a row hold ", capacity, " bits, request ", b, " has ",
@@ -239,7 +321,7 @@ void check_mask(const ArgChecker& check, const PagedPrefillArgs& args, PagedProb
   problem.mask_bits = bits.ptr<const uint32_t>();
   problem.mask_token_stride = bits.stride[0];
   problem.mask_word_stride = bits.stride[1];
-  problem.mask_width = args.mask_width;
+  problem.mask_width = mask_width;
 }
 
 }  // namespace
@@ -250,18 +332,48 @@ PagedProblem check_paged_decode(const PagedDecodeArgs& args) {
   return check_attention(check, args, "B", num_requests);
 }
 
+namespace {
+
+// Requests that qo_indptr tells apart.
+int64_t check_requests(const ArgChecker& check, const Tensor& qo_indptr) {
+  check.tensor(qo_indptr, "qo_indptr", DType::i32, {{"B + 1"}});
+  if (qo_indptr.shape[0] < 1) fail(check.op(), "qo_indptr must have shape [B + 1], got [0]");
+  return qo_indptr.shape[0] - 1;
+}
+
+void check_prefill(const ArgChecker& check, const Tensor& qo_indptr, bool causal, PagedProblem& problem) {
+  check_starts(check, qo_indptr, "qo_indptr", problem.num_tokens, "tokens of q");
+  problem.qo_indptr = qo_indptr.ptr<const int32_t>();
+  problem.qo_indptr_stride = qo_indptr.stride[0];
+  problem.causal = causal;
+}
+
+}  // namespace
+
 PagedProblem check_paged_prefill(const PagedPrefillArgs& args) {
   const ArgChecker check("paged_prefill", args.q.device);
-  check.tensor(args.qo_indptr, "qo_indptr", DType::i32, {{"B + 1"}});
-  if (args.qo_indptr.shape[0] < 1) fail(check.op(), "qo_indptr must have shape [B + 1], got [0]");
-  const int64_t num_requests = args.qo_indptr.shape[0] - 1;
+  const int64_t num_requests = check_requests(check, args.qo_indptr);
   PagedProblem problem = check_attention(
       check, {args.q, args.k_pages, args.v_pages, args.table, args.score, args.out, args.lse}, "T", num_requests);
-  check_starts(check, args.qo_indptr, "qo_indptr", problem.num_tokens, "tokens of q");
-  problem.qo_indptr = args.qo_indptr.ptr<const int32_t>();
-  problem.qo_indptr_stride = args.qo_indptr.stride[0];
-  problem.causal = args.causal;
-  check_mask(check, args, problem);
+  check_prefill(check, args.qo_indptr, args.causal, problem);
+  check_mask(check, args.mask_bits, args.mask_width, problem);
+  return problem;
+}
+
+PagedProblem check_quant_decode(const QuantDecodeArgs& args, QuantPools& pools) {
+  const ArgChecker check("quant_decode", args.q.device);
+  return check_quant_attention(check, args, "B", args.q.ndim > 0 ? args.q.shape[0] : 0, pools);
+}
+
+PagedProblem check_quant_prefill(const QuantPrefillArgs& args, QuantPools& pools) {
+  const ArgChecker check("quant_prefill", args.q.device);
+  const int64_t num_requests = check_requests(check, args.qo_indptr);
+  PagedProblem problem = check_quant_attention(check,
+                                               {args.q, args.k_pool, args.v_pool, args.k_pages, args.v_pages,
+                                                args.table, args.score, args.format, args.out, args.lse},
+                                               "T", num_requests, pools);
+  check_prefill(check, args.qo_indptr, args.causal, problem);
+  check_mask(check, args.mask_bits, args.mask_width, problem);
   return problem;
 }
 

@@ -9,6 +9,9 @@ namespace kvk {
 
 PagedProblem check_paged_decode(const PagedDecodeArgs& args);
 PagedProblem check_paged_prefill(const PagedPrefillArgs& args);
+// `pools` outlives the problem, which points to it.
+PagedProblem check_quant_decode(const QuantDecodeArgs& args, QuantPools& pools);
+PagedProblem check_quant_prefill(const QuantPrefillArgs& args, QuantPools& pools);
 void check_append_kv(const AppendKvArgs& args);
 
 }  // namespace kvk

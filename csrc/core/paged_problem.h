@@ -3,6 +3,7 @@
 
 #include "kvk/device/paged_problem.h"
 #include "kvk/paged.h"
+#include "kvk/quant.h"
 
 namespace kvk {
 
@@ -10,9 +11,35 @@ using device::PageList;
 using device::PoolView;
 using device::RowsView;
 
+// A page reference of the ops over compressed pages: page | tag << 28. Tag 0 names a record, 1 a dense page.
+struct PageReference {
+  int64_t page;
+  int32_t tag;
+
+  explicit PageReference(int64_t reference)
+      : page(reference & 0x0fffffff), tag(static_cast<int32_t>(reference >> 28)) {}
+};
+
+// The records of quantized attention. Page references then carry a tag; dense pages lie in the problem's k and v.
+struct QuantPools {
+  QuantFormat format;
+  const uint8_t* k;
+  const uint8_t* v;
+  int64_t k_page_stride, k_head_stride, v_page_stride, v_head_stride;  // bytes
+  int64_t num_pages;  // records come first in key_bias, then dense pages
+};
+
 // The kernels get their element type as a template argument, the host code as a value.
 struct PagedProblem : device::PagedProblem {
   DType dtype;
+  const QuantPools* quant = nullptr;  // null: all pages are dense
+
+  // The row of key_bias that a page reference means.
+  int64_t bias_row(int64_t reference) const {
+    if (quant == nullptr) return reference;
+    const PageReference page(reference);
+    return page.page + (page.tag == 0 ? 0 : quant->num_pages);
+  }
 };
 
 }  // namespace kvk

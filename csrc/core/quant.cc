@@ -1,5 +1,6 @@
 // Checks of the ops that make and read quantized records, and their way to a backend.
 #include "core/backend.h"
+#include "core/paged_check.h"
 #include "core/quant_check.h"
 #include "cpu/backend.h"
 
@@ -52,20 +53,6 @@ void check_rows(const ArgChecker& check, const Tensor& x, const char* x_name, co
 
 }  // namespace
 
-void check_record_pool(const ArgChecker& check, const Tensor& pool, const char* name, int64_t num_pages,
-                       int64_t num_kv_heads, int64_t record_bytes) {
-  check.tensor(pool, name, DType::u8, {{"N", num_pages}, {"Hkv", num_kv_heads}, {"record_bytes", record_bytes}});
-  check.last_stride_one(pool, name);
-  if (reinterpret_cast<uintptr_t>(pool.data) % 16 != 0) {
-    fail(check.op(), name, " must start on a multiple of 16 bytes");
-  }
-  for (int i = 0; i < 2; ++i) {
-    if (pool.shape[i] > 1 && pool.stride[i] % 16 != 0) {
-      fail(check.op(), name, " must have strides of whole 16 bytes, got ", pool.stride[i], " in dimension ", i);
-    }
-  }
-}
-
 void quantize_pages(const QuantizePagesArgs& args, const Context& context) {
   const ArgChecker check("quantize_pages", args.k_pages.device);
   const QuantFormat& format = args.format;
@@ -111,6 +98,20 @@ void dequantize_pages(const DequantizePagesArgs& args, const Context& context) {
   }
   on_cpu_only(check, args.k_pool, "k_pool", check.device());
   cpu::dequantize_pages(args, threads_of(context));
+}
+
+void quant_decode(const QuantDecodeArgs& args, const Context& context) {
+  QuantPools pools = {};
+  const PagedProblem problem = check_quant_decode(args, pools);
+  on_cpu_only(ArgChecker("quant_decode", args.q.device), args.q, "q", args.q.device);
+  cpu::paged_attention(problem, threads_of(context));
+}
+
+void quant_prefill(const QuantPrefillArgs& args, const Context& context) {
+  QuantPools pools = {};
+  const PagedProblem problem = check_quant_prefill(args, pools);
+  on_cpu_only(ArgChecker("quant_prefill", args.q.device), args.q, "q", args.q.device);
+  cpu::paged_attention(problem, threads_of(context));
 }
 
 void quantize(const QuantizeArgs& args, const Context& context) {

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cpu/engine/attend.h"
+#include "cpu/engine/quant.h"
 #include "cpu/kernels.h"
 
 namespace kvk::cpu::KVK_LEVEL {
@@ -20,6 +21,16 @@ auto with_dtype(DType dtype, F&& f) {
   }
 }
 
+// f(the attention of the problem's dtype and format, as a type).
+template <class F>
+auto with_attention(const PagedProblem& problem, F&& f) {
+  return with_dtype(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (problem.quant != nullptr) return f(std::type_identity<Attention<T, MixedPages<T>>>());
+    return f(std::type_identity<Attention<T, DensePages<T>>>());
+  });
+}
+
 }  // namespace
 
 int64_t attention_scratch_bytes(const PagedProblem& problem, const Plan& plan) {
@@ -29,9 +40,8 @@ int64_t attention_scratch_bytes(const PagedProblem& problem, const Plan& plan) {
 }
 
 void attend(const PagedProblem& problem, const Plan& plan, Item item, void* scratch, const Partials& partials) {
-  with_dtype(problem.dtype, [&](auto element) {
-    using T = decltype(element);
-    Attention<T, DensePages<T>> attention(problem, plan, item, scratch);
+  with_attention(problem, [&](auto type) {
+    typename decltype(type)::type attention(problem, plan, item, scratch);
     attention.run();
     if (plan.tiles[static_cast<size_t>(item.tile)].num_splits > 1) {
       attention.write_partial(partials, item.split);
@@ -42,8 +52,7 @@ void attend(const PagedProblem& problem, const Plan& plan, Item item, void* scra
 }
 
 void merge_splits(const PagedProblem& problem, const Tile& tile, const Partials& partials) {
-  with_dtype(problem.dtype, [&](auto element) {
-    using T = decltype(element);
+  with_attention(problem, [&](auto type) {
     const int rows = tile.rows(problem.group);
     alignas(64) float acc[padded(256)];
     for (int r = 0; r < rows; ++r) {
@@ -61,7 +70,7 @@ void merge_splits(const PagedProblem& problem, const Tile& tile, const Partials&
         const float* part = partials.out + row * partials.out_stride;
         for (int d = 0; d < problem.head_dim_v; d += W) store(load(acc + d) + load(part + d) * factor, acc + d);
       }
-      Attention<T, DensePages<T>>::finish(problem, tile, r, acc, merged);
+      decltype(type)::type::finish(problem, tile, r, acc, merged);
     }
   });
 }

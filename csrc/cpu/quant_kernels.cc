@@ -214,16 +214,6 @@ Floats new_floats(int64_t count) {
 }
 
 template <class F>
-void with_bits(int bits, F&& f) {
-  switch (bits) {
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    case 4: return f(std::integral_constant<int, 4>());
-    default: return f(std::integral_constant<int, 8>());
-  }
-}
-
-template <class F>
 void with_dtype(DType dtype, F&& f) {
   switch (dtype) {
     case DType::bf16: return f(bf16{});

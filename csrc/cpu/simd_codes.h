@@ -2,9 +2,22 @@
 // one little-endian number. Eight codes are `bits` whole bytes, so everything goes in steps of eight.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/simd.h"
 
 namespace kvk::cpu::KVK_LEVEL {
+
+// f(bits) as a constant.
+template <class F>
+inline void with_bits(int bits, F&& f) {
+  switch (bits) {
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    default: return f(std::integral_constant<int, 8>());
+  }
+}
 
 // a where a > b, else b: b too where a is NaN.
 inline V larger(V a, V b) {
@@ -94,7 +107,24 @@ inline uint32_t eight_codes(const uint8_t* row, int first) {
   return x;
 }
 
-// Codes [first, first + W) of a row as floats; first a multiple of W.
+// What the inner loops multiply: code - kMiddle, which lies around 0, so that a sum of products is not the small difference of
+// two large ones. min + kMiddle * scale then takes the place of min.
+template <int kBits>
+inline constexpr float kMiddle = ((1 << kBits) - 1) / 2.0f;
+
+// code - kMiddle of 2 and 3 bits (and 4 where a vector has 16 lanes), looked up by the low bits of each lane. Plain memory: a
+// vector as a global would be made at load time, by instructions that the machine may lack.
+template <int kBits>
+struct LevelTable {
+  alignas(64) float level[W];
+  constexpr LevelTable() : level{} {
+    for (int i = 0; i < W; ++i) level[i] = static_cast<float>(i % (1 << kBits)) - kMiddle<kBits>;
+  }
+};
+template <int kBits>
+inline constexpr LevelTable<kBits> kLevels;
+
+// Codes [first, first + W) of a row as floats; first a multiple of 8, or of W where W is less.
 template <int kBits>
 inline V load_codes(const uint8_t* row, int first) {
 #if defined(__AVX512F__)
@@ -124,10 +154,59 @@ inline V load_codes(const uint8_t* row, int first) {
 #endif
 }
 
+// Codes [first, first + W) less kMiddle; first as in load_codes.
+template <int kBits>
+inline V load_levels(const uint8_t* row, int first) {
+#if defined(__AVX512F__)
+  if constexpr (kBits != 8) {
+    __m512i x;
+    if constexpr (kBits == 2) {
+      uint32_t sixteen;
+      std::memcpy(&sixteen, row + first / 8 * kBits, sizeof(sixteen));
+      x = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(sixteen)),
+                            _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+    } else {
+      constexpr int b = kBits;
+      x = _mm512_mask_set1_epi32(_mm512_set1_epi32(static_cast<int>(eight_codes<kBits>(row, first))), 0xff00,
+                                 static_cast<int>(eight_codes<kBits>(row, first + 8)));
+      x = _mm512_srlv_epi32(x, _mm512_setr_epi32(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b, 0, b, 2 * b, 3 * b,
+                                                 4 * b, 5 * b, 6 * b, 7 * b));
+    }
+    return bit_cast<V>(_mm512_permutexvar_ps(x, native(load(kLevels<kBits>.level))));
+  }
+#elif defined(__AVX2__)
+  if constexpr (kBits == 2 || kBits == 3) {
+    constexpr int b = kBits;
+    const __m256i x = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(eight_codes<kBits>(row, first))),
+                                        _mm256_setr_epi32(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b));
+    return bit_cast<V>(_mm256_permutevar8x32_ps(native(load(kLevels<kBits>.level)), x));
+  }
+#endif
+  return load_codes<kBits>(row, first) - kMiddle<kBits>;
+}
+
 // Codes [first, first + 8) in the low half of a 16-wide vector, 0 above.
 template <int kBits>
 inline V load_codes_half(const uint8_t* row, int first) {
+#if defined(__AVX512F__)
+  if constexpr (kBits != 8) {
+    const __m512i shift =
+        _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0), _mm512_set1_epi32(kBits));
+    const __m512i x =
+        _mm512_maskz_srlv_epi32(0x00ff, _mm512_set1_epi32(static_cast<int>(eight_codes<kBits>(row, first))), shift);
+    return bit_cast<V>(_mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32((1 << kBits) - 1))));
+  }
+#endif
   return V([&](int i) { return i < 8 ? static_cast<float>(code_at<kBits>(row, first + i)) : 0.0f; });
+}
+
+// The same for eight codes; 0 in the upper half.
+template <int kBits>
+inline V load_levels_half(const uint8_t* row, int first) {
+  V x = load_codes_half<kBits>(row, first) - kMiddle<kBits>;
+  const V lane([](int i) { return static_cast<float>(i); });
+  stdx::where(lane >= 8.0f, x) = V(0.0f);
+  return x;
 }
 
 }  // namespace kvk::cpu::KVK_LEVEL

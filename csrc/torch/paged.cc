@@ -6,12 +6,9 @@
 
 #include "core/check.h"
 #include "torch/adapter.h"
+#include "torch/score_options.h"
 
 namespace kvk::torch_face {
-namespace {
-
-using torch::headeronly::ScalarType;
-using MaybeTensor = std::optional<TorchTensor>;
 
 void require_rank(const char* op, const TorchTensor& t, const char* name, int64_t rank, const char* shape) {
   if (t.dim() != rank) fail(op, name, " must have shape ", shape, ", got ", shape_string(view(t)));
@@ -21,6 +18,10 @@ ScoreOptions score_options(std::optional<double> softmax_scale, int64_t window_l
                            const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, const MaybeTensor& key_bias) {
   return {softmax_scale, window_left, logits_soft_cap, view(alibi_slopes), view(sinks), view(key_bias)};
 }
+
+namespace {
+
+using torch::headeronly::ScalarType;
 
 void paged_decode_out(TorchTensor q, TorchTensor k_pages, TorchTensor v_pages, TorchTensor page_indices,
                       TorchTensor kv_lens, MaybeTensor page_indptr, std::optional<double> softmax_scale,
@@ -114,16 +115,12 @@ std::tuple<TorchTensor, TorchTensor> merge_states_grad(TorchTensor grad_out, Tor
   return {grad_parts, grad_parts_lse};
 }
 
-#define KVK_SCORE_SCHEMA                                                                                  \
-  "float? softmax_scale=None, int window_left=-1, float logits_soft_cap=0.0, Tensor? alibi_slopes=None, " \
-  "Tensor? sinks=None, Tensor? key_bias=None"
 #define KVK_DECODE_SCHEMA                                                              \
   "Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_indices, Tensor kv_lens, *, " \
   "Tensor? page_indptr=None, " KVK_SCORE_SCHEMA
 #define KVK_PREFILL_SCHEMA                                                                               \
   "Tensor q, Tensor qo_indptr, Tensor k_pages, Tensor v_pages, Tensor page_indices, Tensor kv_lens, *, " \
   "Tensor? page_indptr=None, bool causal=True, " KVK_SCORE_SCHEMA ", Tensor? mask_bits=None, int mask_width=-1"
-#define KVK_OUT_SCHEMA ", Tensor(a!) out, Tensor(b!) lse) -> ()"
 
 }  // namespace
 

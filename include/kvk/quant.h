@@ -5,11 +5,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "kvk/api.h"
 #include "kvk/context.h"
 #include "kvk/device/quant_layout.h"
+#include "kvk/paged.h"
 #include "kvk/types.h"
 
 namespace kvk {
@@ -65,8 +67,40 @@ struct DequantizeArgs {
   Tensor x;  // [..., T, n], f32 | bf16 | f16, any leading strides, last stride 1, written
 };
 
+// Attention over records and dense pages mixed: page_indices hold page | tag << 28, tag 0 a page of k_pool and v_pool, tag 1 a
+// page of k_pages and v_pages. key_bias has the rows of the records first, then those of the dense pages: [N + M, P].
+struct QuantDecodeArgs {
+  Tensor q;                       // [B, Hq, D], f32 | bf16 | f16, last stride 1
+  Tensor k_pool;                  // u8 [N, Hkv, k record bytes]
+  Tensor v_pool;                  // u8 [N, Hkv, v record bytes]
+  std::optional<Tensor> k_pages;  // [M, P, Hkv, D], q's dtype, any strides with the last one 1; both or none
+  std::optional<Tensor> v_pages;  // [M, P, Hkv, Dv]
+  PageTable table;
+  ScoreOptions score;
+  QuantFormat format;
+  Tensor out;  // [B, Hq, Dv], q's dtype, written
+  Tensor lse;  // f32 [B, Hq], natural log, written
+};
+
+struct QuantPrefillArgs {
+  Tensor q;          // [T, Hq, D]
+  Tensor qo_indptr;  // int32 [B + 1]
+  Tensor k_pool, v_pool;
+  std::optional<Tensor> k_pages, v_pages;
+  PageTable table;
+  ScoreOptions score;
+  QuantFormat format;
+  bool causal = true;
+  std::optional<Tensor> mask_bits;  // as in PagedPrefillArgs
+  int64_t mask_width = -1;
+  Tensor out;  // [T, Hq, Dv], written
+  Tensor lse;  // f32 [T, Hq], written
+};
+
 KVK_API void quantize_pages(const QuantizePagesArgs& args, const Context& context = {});
 KVK_API void dequantize_pages(const DequantizePagesArgs& args, const Context& context = {});
+KVK_API void quant_decode(const QuantDecodeArgs& args, const Context& context = {});
+KVK_API void quant_prefill(const QuantPrefillArgs& args, const Context& context = {});
 KVK_API void quantize(const QuantizeArgs& args, const Context& context = {});
 KVK_API void dequantize(const DequantizeArgs& args, const Context& context = {});
 

@@ -17,6 +17,7 @@ from kvk.formats import QuantFormat  # noqa: E402
 from kvk.ops.hadamard import hadamard  # noqa: E402
 from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  # noqa: E402
 from kvk.ops.quant import dequantize, dequantize_pages, quantize, quantize_pages  # noqa: E402
+from kvk.ops.quant_attention import quant_decode, quant_prefill  # noqa: E402
 
 cuda.provide_nvrtc()
 
@@ -33,6 +34,8 @@ __all__ = [
     "paged_decode",
     "paged_prefill",
     "precompile",
+    "quant_decode",
+    "quant_prefill",
     "quantize",
     "quantize_pages",
 ]

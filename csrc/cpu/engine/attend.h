@@ -89,7 +89,8 @@ class Attention {
     }
   }
 
-  static void finish(const PagedProblem& p, const Tile& tile, int r, const float* acc, SoftmaxRow row) {
+  static void finish(const PagedProblem& p, const Tile& tile, int r, float* acc, SoftmaxRow row) {
+    Format::finish_output(p, acc);
     const int per_head = tile.rows_per_head(p.group);
     const int64_t token = tile.token + r % per_head / p.group;
     const int64_t head = int64_t{tile.head_begin + r / per_head} * p.group + r % p.group;
@@ -118,6 +119,7 @@ class Attention {
           int d = 0;
           for (; d + W <= p_.head_dim; d += W) store(load(q + d), to + d);
           if (d < p_.head_dim) store(load_half(q + d), to + d);
+          format_.prepare_query(to);
         }
       }
     }

@@ -110,6 +110,10 @@ class DensePages {
     int count = 0;
   };
 
+  // A format may keep rows in another basis: it then changes queries on their way in and outputs on their way out.
+  void prepare_query(float*) const {}
+  static void finish_output(const PagedProblem&, float*) {}
+
   explicit DensePages(const PagedProblem& p) : k_(p.k), v_(p.v), head_dim_(p.head_dim), head_dim_v_(p.head_dim_v) {}
 
   void locate(const KeyBlock& block, Rows& rows) const {

@@ -10,7 +10,7 @@ namespace kvk::cpu::KVK_LEVEL {
 
 // Consecutive keys that lie in consecutive slots of one page.
 struct Run {
-  int64_t page;
+  int64_t page;    // as the page table has it
   int32_t offset;  // slot of the first within the page
   int32_t begin;   // index of the first within the block
   int32_t count;

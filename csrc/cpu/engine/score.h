@@ -51,8 +51,8 @@ class Score {
   void gather_bias(const KeyBlock& block, int head, float* bias) const {
     for (int i = 0; i < block.num_runs; ++i) {
       const Run& run = block.runs[i];
-      const float* from =
-          p_.key_bias + run.page * p_.bias_page_stride + run.offset * p_.bias_token_stride + head * p_.bias_head_stride;
+      const float* from = p_.key_bias + p_.bias_row(run.page) * p_.bias_page_stride +
+                          run.offset * p_.bias_token_stride + head * p_.bias_head_stride;
       for (int j = 0; j < run.count; ++j) bias[run.begin + j] = from[j * p_.bias_token_stride];
     }
     std::fill(bias + block.count, bias + kBlockKeys, 0.0f);

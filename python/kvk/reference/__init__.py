@@ -10,6 +10,7 @@ from kvk.reference.hadamard import hadamard, hadamard_matrix
 from kvk.reference.merge import merge_states
 from kvk.reference.paged import append_kv, gather_request, paged_decode, paged_prefill, unpack_mask_bits
 from kvk.reference.quant import dequantize, dequantize_pages, quantize, quantize_pages
+from kvk.reference.quant_attention import quant_decode, quant_prefill
 
 __all__ = [
     "append_kv",
@@ -21,6 +22,8 @@ __all__ = [
     "merge_states",
     "paged_decode",
     "paged_prefill",
+    "quant_decode",
+    "quant_prefill",
     "quantize",
     "quantize_pages",
     "unpack_mask_bits",

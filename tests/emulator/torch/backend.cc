@@ -64,7 +64,7 @@ class Call {
     for (const Operand& operand : operands()) {
       const bool defined = starts(outputs, operand);
       if (defined) poison(operand.tensor, operand.begin);
-      const emu::Use use = defined || starts(updated, operand) ? emu::Use::in_out : emu::Use::input;
+      const emu::Use use = defined ? emu::Use::output : starts(updated, operand) ? emu::Use::in_out : emu::Use::input;
       ranges.push_back({operand.begin, operand.begin + operand.bytes, use});
     }
     std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
@@ -72,7 +72,7 @@ class Call {
       Range whole = ranges[i];
       for (++i; i < ranges.size() && ranges[i].begin < whole.end; ++i) {
         whole.end = std::max(whole.end, ranges[i].end);
-        if (ranges[i].use != emu::Use::input) whole.use = emu::Use::in_out;
+        if (ranges[i].use != whole.use) whole.use = emu::Use::in_out;
       }
       const char* name = whole.use == emu::Use::input ? "an input" : "an output";
       buffers_.emplace_back(whole.begin, static_cast<size_t>(whole.end - whole.begin), whole.use, name);

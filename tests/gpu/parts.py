@@ -194,7 +194,8 @@ def conformance(setting: Setting) -> Part:
 
 
 def gpu_test_files() -> list[str]:
-    return ["tests/test_cuda_ops.py", *sorted(str(p.relative_to(ROOT)) for p in TESTS.glob("test_gpu_*.py"))]
+    names = ("test_cuda_ops*.py", "test_gpu_*.py")
+    return sorted(str(path.relative_to(ROOT)) for name in names for path in TESTS.glob(name))
 
 
 def counts(junit: Path) -> dict[str, int]:

@@ -1,0 +1,164 @@
+"""The CUDA benchmarks' harness, with the CPU in the place of the card."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from building import ROOT
+
+sys.path.insert(0, str(ROOT))
+from bench import bench_paged_cuda, cuda_data, cuda_harness
+from bench.cases import AttentionCase, WrongResultError
+from bench.harness import Prepared
+
+SMALL = AttentionCase(
+    "bf16", q_heads=4, kv_heads=2, head_dim=64, batch=2, kv_len=200, page_size=16, headline=True
+)
+
+
+class Ours:
+    """kvk on the CPU, by way of the benchmarks' data."""
+
+    name = "kvk"
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def unavailable(self, case):
+        return None
+
+    def build(self, data):
+        import kvk
+
+        pages = (data.k_pages, data.v_pages, data.page_indices, data.kv_lens)
+
+        def run():
+            if data.case.q_len == 1:
+                out, lse = kvk.paged_decode(data.q, *pages)
+            else:
+                out, lse = kvk.paged_prefill(data.q, data.qo_indptr, *pages)
+            return out * self.scale, lse
+
+        return Prepared(run, lambda result: result)
+
+
+class Peer(Ours):
+    name = "peer"
+
+
+class Broken(Ours):
+    name = "broken"
+
+    def build(self, data):
+        raise ValueError("no such thing\nand more")
+
+
+class Absent(Ours):
+    name = "absent"
+
+    def unavailable(self, case):
+        return "not installed"
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """The harness with the CPU in the place of the card: no events and no graphs."""
+
+    def timed(run):
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    monkeypatch.setattr(cuda_harness, "timed", timed)
+    monkeypatch.setattr(cuda_harness, "captured", lambda run: None)
+    monkeypatch.setattr(cuda_harness, "l2_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(cuda_harness, "draw", lambda case, seed: cuda_data.draw(case, seed, "cpu"))
+    monkeypatch.setattr(cuda_harness, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(cuda_harness, "MATRIX_SIZE", 64)
+    properties = SimpleNamespace(name="A Card", multi_processor_count=4, L2_cache_size=1 << 16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+class TestBench:
+    @pytest.mark.parametrize("case", [SMALL, replace(SMALL, layout="HND"), replace(SMALL, q_len=130)])
+    def test_a_row(self, on_the_cpu, case):
+        ceilings = cuda_harness.CudaCeilings("cpu")
+        implementations = [Ours(), Peer(), Peer(1.5), Broken(), Absent()]
+        implementations[2].name = "wrong peer"
+        row = cuda_harness.CudaMeasurement(case, implementations, ceilings, rounds=3, turn=1e-3).run()
+        assert list(row["peers"]) == ["peer"] and row["seconds"]["rounds"] == 3 and row["error"] < 1e-2
+        assert 0 < row["peers"]["peer"]["ratio"] < 50 and row["fraction"] > 0
+        assert "off by" in row["notes"]["wrong peer"] and row["notes"]["absent"] == "not installed"
+        assert row["notes"]["broken"] == "failed: ValueError: no such thing"
+        row["aim"] = bench_paged_cuda.aim(row, case)
+        run = {"rows": [row], "errors": [], "not_run": ["x"], "ceilings": ceilings.as_json()}
+        table = bench_paged_cuda.table(run)
+        assert f"| {row['op']} | {case.name} (no graph) |" in table and "broken left out" in table
+        assert "1 rows, 0 errors, no time for 1 cases" in bench_paged_cuda.last_line(run)
+
+    def test_a_run(self, on_the_cpu, monkeypatch, tmp_path, capsys):
+        """The command, with kvk and one peer: an error in one case is reported, and the next goes on."""
+        from bench import cuda_peers
+
+        small = [SMALL, replace(SMALL, kv_len=100), replace(SMALL, q_len=40, headline=False)]
+        wrong = Ours()
+        real = wrong.build
+
+        def build(data):
+            wrong.scale = 1.2 if data.case.kv_len == 100 else 1.0
+            return real(data)
+
+        wrong.build = build
+        ceilings = cuda_harness.CudaCeilings("cpu")
+        monkeypatch.setattr(bench_paged_cuda, "cases", lambda: small)
+        monkeypatch.setattr(cuda_harness, "CudaCeilings", lambda: ceilings)
+        monkeypatch.setattr(cuda_peers, "Kvk", lambda: wrong)
+        monkeypatch.setattr(cuda_peers, "peers", lambda: [Peer(), Absent()])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        file, table = tmp_path / "bench.json", tmp_path / "bench.md"
+        arguments = [f"--json={file}", f"--table={table}", "--rounds=2"]
+        assert bench_paged_cuda.main(arguments) == 1
+        run = json.loads(file.read_text())
+        assert [row["case"] for row in run["rows"]] == [small[0].name, small[2].name]
+        assert "off by" in run["errors"][0] and small[1].name in table.read_text()
+        assert "2 rows, 1 errors" in capsys.readouterr().out
+        assert run["machine"]["card"] == "A Card" and {c["kind"] for c in run["ceilings"]} == {
+            "copy",
+            "matrix",
+        }
+
+    def test_a_wrong_kvk_is_an_error(self, on_the_cpu):
+        with pytest.raises(WrongResultError, match="out is off by"):
+            cuda_harness.CudaMeasurement(SMALL, [Ours(1.1)], cuda_harness.CudaCeilings("cpu"), 1, 1e-3)
+
+    def test_rotation_is_larger_than_the_cache(self):
+        l2 = 60 << 20
+        for case in bench_paged_cuda.cases():
+            count = cuda_harness.copies(case, l2)
+            assert count >= 2 and (count * case.bytes >= 4 * l2 or case.q_len > 1)
+            assert count * case.bytes <= 8 << 30
+
+    def test_names_are_unique_and_sizes_are_those_of_the_targets(self):
+        cases = bench_paged_cuda.cases()
+        names = [(case.op, case.name) for case in cases]
+        assert len(set(names)) == len(names)
+        headline = {(c.op, c.batch, c.kv_len, c.page_size) for c in cases if c.headline}
+        assert headline == {
+            *(("paged_decode", batch, 32768, page) for batch in (1, 8) for page in (16, 64)),
+            ("paged_prefill", 1, 8192, 16),
+        }
+
+    def test_a_dense_copy_holds_the_pages(self):
+        """What the peers without pages get: key i of request b is the page table's."""
+        data = cuda_data.draw(SMALL, 3, "cpu")
+        for b, i in ((0, 0), (1, 17), (1, 199)):
+            page = data.page_indices[b, i // 16]
+            assert torch.equal(data.k[b, :, i], data.k_pages[page, i % 16])
+            assert torch.equal(data.v[b, :, i], data.v_pages[page, i % 16])

@@ -21,9 +21,9 @@ inline constexpr int kMaxStreamRows = 20;
 // share the unpacking of a block but compute more of its masked corner (2k causal: 120 rows 6% slower, 360 1 to 3%).
 inline constexpr int kPanelRows = 192;
 inline constexpr int kPanelRowStep = 12;
-inline constexpr int kBlockKeys = 64;         // most keys of one block
-inline constexpr int64_t kStreamSplit = 512;  // keys; a partial result costs under 1% of reading them
-inline constexpr int64_t kPanelSplit = 4096;  // keys
+inline constexpr int kBlockKeys = 64;          // most keys of one block
+inline constexpr int64_t kStreamSplit = 1024;  // keys; a partial result costs under 1% of reading them
+inline constexpr int64_t kPanelSplit = 4096;   // keys
 
 struct Tile {
   int32_t request, head_begin, head_end;  // kv heads

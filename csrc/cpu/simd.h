@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "kvk/types.h"
 
@@ -78,6 +79,40 @@ inline V load(const f16* p) {
 #endif
 }
 
+// 2 W elements as two vectors, in the cheapest order: of bf16 the even and the odd ones, since a shift or a mask of a 32-bit
+// word is a float already; else the first and the last half. from_pair() gives the order of memory back.
+template <class T>
+inline void load_pair(const T* p, V& a, V& b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const VU32 bits = bit_cast<VU32>(stdx::native_simd<uint16_t>(&p->bits, stdx::element_aligned));
+    a = bit_cast<V>(VU32(bits << 16));
+    b = bit_cast<V>(VU32(bits & 0xffff0000u));
+  } else {
+    a = load(p);
+    b = load(p + W);
+  }
+}
+
+template <class T>
+inline void from_pair(V& a, V& b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512 even = native(a), odd = native(b);
+    a = bit_cast<V>(_mm512_permutex2var_ps(even, low, odd));
+    b = bit_cast<V>(_mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd));
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_unpacklo_ps(native(a), native(b)), high = _mm256_unpackhi_ps(native(a), native(b));
+    a = bit_cast<V>(_mm256_permute2f128_ps(low, high, 0x20));
+    b = bit_cast<V>(_mm256_permute2f128_ps(low, high, 0x31));
+#else
+    const V even = a, odd = b;
+    a = V([&](int i) { return i % 2 ? odd[i / 2] : even[i / 2]; });
+    b = V([&](int i) { return i % 2 ? odd[(W + i) / 2] : even[(W + i) / 2]; });
+#endif
+  }
+}
+
 inline void store(V x, float* p) { x.copy_to(p, stdx::element_aligned); }
 
 inline void store(V x, bf16* p) {
@@ -95,6 +130,33 @@ inline void store(V x, f16* p) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(native(x), _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < W; ++i) from_float(x[i], p[i]);
+#endif
+}
+
+// Puts a row of floats, whole pairs of vectors at a time, into the order of load_pair().
+template <class T>
+inline void into_pairs(float* row, int count) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    for (int d = 0; d + 2 * W <= count; d += 2 * W) {
+      float even[W], odd[W];
+      for (int i = 0; i < W; ++i) {
+        even[i] = row[d + 2 * i];
+        odd[i] = row[d + 2 * i + 1];
+      }
+      std::memcpy(row + d, even, sizeof(even));
+      std::memcpy(row + d + W, odd, sizeof(odd));
+    }
+  }
+}
+
+// Keeps x in a register over its uses: GCC would rather load it again as an operand of each, where loads are what binds.
+inline V in_register(V x) {
+#if defined(__AVX2__)
+  auto n = native(x);
+  asm("" : "+v"(n));
+  return bit_cast<V>(n);
+#else
+  return x;
 #endif
 }
 

@@ -119,7 +119,7 @@ class Attention {
           int d = 0;
           for (; d + W <= p_.head_dim; d += W) store(load(q + d), to + d);
           if (d < p_.head_dim) store(load_half(q + d), to + d);
-          format_.prepare_query(to);
+          format_.prepare_query(to, tile_.stream);
         }
       }
     }
@@ -133,14 +133,17 @@ class Attention {
                             key_begin_, key_end_, block_keys);
   }
 
-  // Scores s to weights for one kv head, whose rows start at `row`. Returns whether some row does not see some key.
-  bool weigh(const KeyBlock& block, int head, int row, float* s) {
-    const int vectors = (block.count + W - 1) / W;
+  // Scores s to weights for heads [first, first + count) of the tile, whose rows start at `row`. Returns whether some row
+  // does not see some key.
+  bool weigh(const KeyBlock& block, int first, int count, int row, float* s) {
+    const int vectors = (block.count + W - 1) / W, rows = count * rows_per_head_;
     const bool plain = score_.plain(block);
-    if (!plain) score_.apply(block, head, s);
-    const int unseen = softmax_rows(s, rows_per_head_, vectors, plain ? p_.softmax_scale : 1.0f, scratch_.state + row,
-                                    scratch_.scale + row);
-    return unseen > rows_per_head_ * (vectors * W - block.count);
+    for (int h = 0; h < count && !plain; ++h) {
+      score_.apply(block, tile_.head_begin + first + h, s + h * rows_per_head_ * kBlockKeys);
+    }
+    const int unseen =
+        softmax_rows(s, rows, vectors, plain ? p_.softmax_scale : 1.0f, scratch_.state + row, scratch_.scale + row);
+    return unseen > rows * (vectors * W - block.count);
   }
 
   // Few rows: memory-bound. K of a block is multiplied while its V is fetched, then V while the next K is fetched.
@@ -153,7 +156,7 @@ class Attention {
     if (more) format_.locate(blocks[0], rows[0]);
     for (int i = 0; more; i ^= 1) {
       const KeyBlock& block = blocks[i];
-      Prefetcher ahead_v = format_.prefetch_v(rows[i], fetch, tile_.head_begin, tile_.head_end);
+      Prefetcher ahead_v = format_.prefetch_v(rows[i], fetch, tile_.head_begin, tile_.head_end, rows_per_head_);
       format_.scores(rows[i], tile_.head_begin, heads_, scratch_.q, scratch_.ldq, rows_per_head_, scratch_.s, ahead_v);
       more = keys.next(blocks[i ^ 1]);
       if (more) {
@@ -162,10 +165,10 @@ class Attention {
         rows[i ^ 1].count = 0;
       }
       Prefetcher ahead_k = format_.prefetch_k(rows[i ^ 1], fetch, tile_.head_begin, tile_.head_end, rows_per_head_);
+      const bool hidden = weigh(block, 0, heads_, 0, scratch_.s);
       for (int h = 0; h < heads_; ++h) {
         const int head = tile_.head_begin + h, row = h * rows_per_head_;
-        float* s = scratch_.s + row * kBlockKeys;
-        const bool hidden = weigh(block, head, row, s);
+        const float* s = scratch_.s + row * kBlockKeys;
         if (hidden && !format_.finite_v(rows[i], head)) {
           accumulate_seen(rows[i], head, row, s);
         } else {
@@ -193,7 +196,7 @@ class Attention {
     format_.pack_k(rows, head, scratch_.k_panels);
     multiply_scores(scratch_.q + row * scratch_.ldq, scratch_.ldq, padded_rows_, scratch_.k_panels,
                     (block.count + kPanelWidth - 1) / kPanelWidth, p_.head_dim, scratch_.s, kBlockKeys);
-    const bool hidden = weigh(block, head, row, scratch_.s);
+    const bool hidden = weigh(block, h, 1, row, scratch_.s);
     if (hidden && !format_.finite_v(rows, head)) return accumulate_seen(rows, head, row, scratch_.s);
     format_.pack_v(rows, head, scratch_.v_panels);
     multiply_values(scratch_.s, padded_rows_, scratch_.v_panels, (p_.head_dim_v + kPanelWidth - 1) / kPanelWidth,

@@ -12,15 +12,25 @@
 
 namespace kvk::cpu::KVK_LEVEL {
 
-// Walks rows of memory line by line, a few lines a step, so that fetching the next piece of the cache is spread evenly
-// over the arithmetic on the present one.
+// Walks rows of memory line by line, so that fetching the next piece of the cache is spread evenly over the arithmetic on
+// the present one: a burst of fetches would fill the queue of misses and stop the arithmetic.
 class Prefetcher {
  public:
-  // Rows of span bytes each, lines_per_step lines at every step.
-  Prefetcher(const void* const* rows, int count, int64_t span, int lines_per_step)
-      : row_(rows), end_(rows + count), span_(span), lines_(lines_per_step) {}
+  // Rows of span bytes each: `lines` lines at every `every`th step.
+  Prefetcher(const void* const* rows, int count, int64_t span, int lines, int every = 1)
+      : row_(rows), end_(rows + count), span_(span), lines_(lines), every_(every), wait_(every) {}
+
+  // The same rows in at most `steps` steps.
+  static Prefetcher spread(const void* const* rows, int count, int64_t span, int64_t steps) {
+    const int64_t lines = std::max<int64_t>(1, count * ((span + 63) / 64));
+    steps = std::max<int64_t>(1, steps);
+    return Prefetcher(rows, count, span, static_cast<int>((lines + steps - 1) / steps),
+                      static_cast<int>(std::max<int64_t>(1, steps / lines)));
+  }
 
   void step() {
+    if (--wait_ > 0) return;
+    wait_ = every_;
     for (int i = 0; i < lines_ && row_ != end_; ++i) {
       prefetch_l2(static_cast<const char*>(*row_) + at_);
       at_ += 64;
@@ -35,29 +45,46 @@ class Prefetcher {
   const void* const* row_;
   const void* const* end_;
   int64_t span_, at_ = 0;
-  int lines_;
+  int lines_, every_, wait_;
 };
 
 // s[r * lds + j] = q_r . k_j for Rows rows and Keys keys; Rows * Keys is a multiple of 4.
+// q in the order of load_pair().
 template <class T, int Rows, int Keys>
-inline void dot_tile(const float* q, int ldq, const T* const* keys, int64_t head, int head_dim, float* s, int lds) {
+inline void dot_tile(const float* q, int ldq, const T* const* keys, int64_t head, int head_dim, float* s, int lds,
+                     Prefetcher& ahead) {
   V acc[Rows * Keys];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows * Keys; ++i) acc[i] = 0.0f;
-  const auto step = [&](int d, auto&& load_key) __attribute__((always_inline)) {
-    V k[Keys];
-#pragma GCC unroll 16
-    for (int j = 0; j < Keys; ++j) k[j] = load_key(keys[j] + head + d);
+  const auto multiply = [&](int d, const V* k) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const V x = load(q + r * ldq + d);
+      const V x = in_register(load(q + r * ldq + d));
 #pragma GCC unroll 16
       for (int j = 0; j < Keys; ++j) acc[r * Keys + j] += x * k[j];
     }
   };
   int d = 0;
-  for (; d + W <= head_dim; d += W) step(d, [](const T* p) { return load(p); });
-  if (d < head_dim) step(d, [](const T* p) { return load_half(p); });
+  for (; d + 2 * W <= head_dim; d += 2 * W) {
+    ahead.step();
+    V a[Keys], b[Keys];
+#pragma GCC unroll 16
+    for (int j = 0; j < Keys; ++j) load_pair(keys[j] + head + d, a[j], b[j]);
+    multiply(d, a);
+    multiply(d + W, b);
+  }
+  V k[Keys];
+  if (d + W <= head_dim) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Keys; ++j) k[j] = load(keys[j] + head + d);
+    multiply(d, k);
+    d += W;
+  }
+  if (d < head_dim) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Keys; ++j) k[j] = load_half(keys[j] + head + d);
+    multiply(d, k);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows * Keys; i += 4) {
     float sums[4];
@@ -67,33 +94,46 @@ inline void dot_tile(const float* q, int ldq, const T* const* keys, int64_t head
   }
 }
 
+// What one vector or pair of V is loaded from: whole pairs, one vector, or the last 8 elements.
+enum class Column { kPairs, kVector, kHalf };
+
 // out[r][c..c + Vecs * W) = out * scale[r] + sum over keys of p[r][j] * v_j[c..).
-template <class T, int Rows, int Vecs, bool Half>
+template <class T, int Rows, int Vecs, Column kColumn>
 inline void accumulate_tile(const float* p, int ldp, const float* scale, const T* const* keys, int64_t column,
                             int count, float* out, int ldo, Prefetcher& ahead) {
+  static_assert(kColumn == Column::kPairs ? Vecs % 2 == 0 : Vecs == 1);
   V acc[Rows][Vecs];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
     for (int e = 0; e < Vecs; ++e) acc[r][e] = 0.0f;
   }
-  for (int j = 0; j < count; ++j) {
-    ahead.step();
+  const auto add_key = [&](int j) __attribute__((always_inline)) {
+    const T* from = keys[j] + column;
     V v[Vecs];
+    if constexpr (kColumn == Column::kPairs) {
 #pragma GCC unroll 16
-    for (int e = 0; e < Vecs; ++e) v[e] = Half ? load_half(keys[j] + column) : load(keys[j] + column + e * W);
+      for (int e = 0; e < Vecs; e += 2) load_pair(from + e * W, v[e], v[e + 1]);
+    } else {
+      v[0] = kColumn == Column::kHalf ? load_half(from) : load(from);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const V x = p[r * ldp + j];
 #pragma GCC unroll 16
       for (int e = 0; e < Vecs; ++e) acc[r][e] += x * v[e];
     }
+  };
+  for (int j = 0; j < count; ++j) {
+    ahead.step();
+    add_key(j);
   }
   // What was there joins at the end: started with, it would stretch the chain of roundings over all blocks.
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
     for (int e = 0; e < Vecs; ++e) {
+      if (kColumn == Column::kPairs && e % 2 == 0) from_pair<T>(acc[r][e], acc[r][e + 1]);
       float* to = out + r * ldo + e * W;
       store(load(to) * scale[r] + acc[r][e], to);
     }
@@ -111,7 +151,6 @@ class DensePages {
   };
 
   // A format may keep rows in another basis: it then changes queries on their way in and outputs on their way out.
-  void prepare_query(float*) const {}
   static void finish_output(const PagedProblem&, float*) {}
 
   explicit DensePages(const PagedProblem& p) : k_(p.k), v_(p.v), head_dim_(p.head_dim), head_dim_v_(p.head_dim_v) {}
@@ -129,15 +168,21 @@ class DensePages {
     }
   }
 
+  // Makes a row of q what scores() takes (stream), or pack_k()'s product.
+  void prepare_query(float* q, bool stream) const {
+    if (stream) into_pairs<T>(q, head_dim_);
+  }
+
   // What to fetch of a located block for kv heads [begin, end): whole rows where the heads lie side by side. V is fetched
-  // by scores(), a step for each head and 8 keys; the next K by accumulate(), a step for each head, column and key.
-  Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int end) const {
-    return prefetch(rows.v, rows.count, v_, head_dim_v_, scratch, begin, end, kKeyStep * lines(head_dim_v_));
+  // by scores(), the next K by accumulate().
+  Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
+    const int64_t steps = (rows.count + kKeyStep - 1) / kKeyStep * (end - begin) * dot_steps(num_rows);
+    return prefetch(rows.v, rows.count, v_, head_dim_v_, scratch, begin, end, steps);
   }
   Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
     const int width = (num_rows == 1 ? kVecs<1> : kVecs<4>)*W;
-    const int columns = (head_dim_v_ + width - 1) / width * ((num_rows + 3) / 4);
-    return prefetch(rows.k, rows.count, k_, head_dim_, scratch, begin, end, (lines(head_dim_) + columns - 1) / columns);
+    const int64_t columns = (head_dim_v_ + width - 1) / width * ((num_rows + 3) / 4);
+    return prefetch(rows.k, rows.count, k_, head_dim_, scratch, begin, end, columns * rows.count * (end - begin));
   }
 
   // s[r][j] = q_r . k_j for `heads` kv heads from head `begin`, num_rows rows each (q and s: [heads * num_rows, ld]).
@@ -149,15 +194,14 @@ class DensePages {
       // The last step repeats its last key: its scores land in the padding of s.
       for (int e = 0; e < kKeyStep; ++e) keys[e] = rows.k[std::min(j + e, rows.count - 1)];
       for (int h = 0; h < heads; ++h) {
-        ahead.step();
         const int64_t head = (begin + h) * k_.head_stride;
         const float* qh = q + static_cast<int64_t>(h) * num_rows * ldq;
         float* sh = s + static_cast<int64_t>(h) * num_rows * kBlockKeys + j;
         int r = 0;
-        for (; r + 4 <= num_rows; r += 4) dot_rows<4>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys);
-        if (num_rows - r == 3) dot_rows<3>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys);
-        if (num_rows - r == 2) dot_rows<2>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys);
-        if (num_rows - r == 1) dot_rows<1>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys);
+        for (; r + 4 <= num_rows; r += 4) dot_rows<4>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys, ahead);
+        if (num_rows - r == 3) dot_rows<3>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys, ahead);
+        if (num_rows - r == 2) dot_rows<2>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys, ahead);
+        if (num_rows - r == 1) dot_rows<1>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys, ahead);
       }
     }
   }
@@ -238,17 +282,25 @@ class DensePages {
 
   static int64_t v_offset(int column) { return int64_t{column / kPanelWidth} * kValuePanel + column % kPanelWidth; }
 
-  static int lines(int head_dim) { return (head_dim * static_cast<int>(sizeof(T)) + 63) / 64; }
-
   static const T* base(const PoolView& pool, const Run& run) {
     return static_cast<const T*>(pool.data) + run.page * pool.page_stride + run.offset * pool.token_stride;
   }
 
   template <int R>
-  void dot_rows(const float* q, int ldq, const T* const* keys, int64_t head, float* s) const {
+  void dot_rows(const float* q, int ldq, const T* const* keys, int64_t head, float* s, Prefetcher& ahead) const {
     for (int j = 0; j < kKeyStep; j += kKeys<R>) {
-      dot_tile<T, R, kKeys<R>>(q, ldq, keys + j, head, head_dim_, s + j, kBlockKeys);
+      dot_tile<T, R, kKeys<R>>(q, ldq, keys + j, head, head_dim_, s + j, kBlockKeys, ahead);
     }
+  }
+
+  // Steps of the prefetcher that dot_rows() makes for num_rows rows of one head and kKeyStep keys.
+  int dot_steps(int num_rows) const {
+    const int rest = num_rows % 4;
+    const int of_rest = rest == 0   ? 0
+                        : rest == 1 ? kKeyStep / kKeys<1>
+                        : rest == 2 ? kKeyStep / kKeys<2>
+                                    : kKeyStep / kKeys<3>;
+    return std::max(1, (num_rows / 4 * (kKeyStep / kKeys<4>)+of_rest) * (head_dim_ / (2 * W)));
   }
 
   template <int R>
@@ -257,21 +309,23 @@ class DensePages {
     const int64_t first = head * v_.head_stride;
     int c = 0;
     for (; c + kVecs<R> * W <= head_dim_v_; c += kVecs<R> * W) {
-      accumulate_tile<T, R, kVecs<R>, false>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo, ahead);
+      accumulate_tile<T, R, kVecs<R>, Column::kPairs>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo,
+                                                      ahead);
     }
     for (; c + W <= head_dim_v_; c += W) {
-      accumulate_tile<T, R, 1, false>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo, ahead);
+      accumulate_tile<T, R, 1, Column::kVector>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo,
+                                                ahead);
     }
     if (c < head_dim_v_) {
-      accumulate_tile<T, R, 1, true>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo, ahead);
+      accumulate_tile<T, R, 1, Column::kHalf>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo, ahead);
     }
   }
 
   static Prefetcher prefetch(const T* const* rows, int count, const PoolView& pool, int head_dim, const void** scratch,
-                             int begin, int end, int lines_per_step) {
+                             int begin, int end, int64_t steps) {
     for (int j = 0; j < count; ++j) scratch[j] = rows[j] + begin * pool.head_stride;
     const int64_t span = ((end - begin - 1) * pool.head_stride + head_dim) * int64_t{sizeof(T)};
-    return Prefetcher(scratch, count, span, lines_per_step);
+    return Prefetcher::spread(scratch, count, span, steps);
   }
 
   PoolView k_, v_;

@@ -35,7 +35,7 @@ class MixedPages {
       : p_(p), pools_(*p.quant), k_layout_(pools_.format.k_layout()), v_layout_(pools_.format.v_layout()), dense_(p),
         unpacked_(unpacked_problem(p)) {}
 
-  void prepare_query(float* q) const {
+  void prepare_query(float* q, bool) const {
     if (pools_.format.k.rotate) rotate(p_.head_dim, false, q);
   }
   static void finish_output(const PagedProblem& p, float* acc) {
@@ -64,7 +64,7 @@ class MixedPages {
   }
 
   // The next block's codes, while the present one is multiplied; the hardware follows within a record.
-  Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int) const {
+  Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int, int) const {
     return prefetch(rows, scratch, begin, &Rows::Piece::v, pools_.v_head_stride, v_layout_);
   }
   Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int, int) const {
@@ -208,7 +208,10 @@ class MixedPages {
              ld);
       unpacked_.scores(unpacked_rows(piece.count, ld), 0, 1, q, ldq, num_rows, raw, none);
     } else {
-      dense_.scores(dense_rows(piece), head, 1, q, ldq, num_rows, raw, none);
+      alignas(64) float rows[kMaxStreamRows * padded(256)];
+      std::copy_n(q, num_rows * ldq, rows);
+      for (int r = 0; r < num_rows; ++r) dense_.prepare_query(rows + r * ldq, true);
+      dense_.scores(dense_rows(piece), head, 1, rows, ldq, num_rows, raw, none);
     }
     for (int r = 0; r < num_rows; ++r) std::copy_n(raw + r * kBlockKeys, piece.count, s + r * kBlockKeys);
   }

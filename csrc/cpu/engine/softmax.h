@@ -27,15 +27,17 @@ inline int softmax_rows(float* s, int rows, int vectors, float factor, SoftmaxRo
   for (int first = 0; first < rows; first += W) {
     const int count = std::min(W, rows - first);
     alignas(64) float old_max[W], max[W], sum[padded(W)];
-    for (int r = 0; r < W; ++r) old_max[r] = r < count ? state[first + r].max : 0.0f;
-    for (int r = 0; r < W; ++r) {
-      const float* row = s + (first + std::min(r, count - 1)) * kBlockKeys;
+    std::fill(old_max + count, old_max + W, 0.0f);
+    std::fill(max + count, max + W, 0.0f);
+    for (int r = 0; r < count; ++r) {
+      const float* row = s + (first + r) * kBlockKeys;
       V top = -kInf;  // a NaN loses every comparison: it enters the row by its weight
       for (int i = 0; i < vectors; ++i) {
         const V x = load(row + i * W) * factor;
         stdx::where(x > top, top) = x;
       }
       const float highest = max_lanes(top);
+      old_max[r] = state[first + r].max;
       max[r] = highest > old_max[r] ? highest : old_max[r];
     }
     const V old = load(old_max), now = load(max);

@@ -35,13 +35,21 @@ std::string instance(const char* name, DType dtype, Args... args) {
   return text.str();
 }
 
-std::string decode_kernel(DType dtype, int head_dim, int head_dim_v, int halves, uint32_t parts) {
-  return "kvk::device::paged_decode_kernel<" +
-         instance("PagedDecodeConfig", dtype, head_dim, head_dim_v, halves, parts) + ">";
+// small: the shape for cards that give a block little shared memory.
+std::string decode_kernel(DType dtype, int head_dim, int head_dim_v, int halves, uint32_t parts, bool small = false) {
+  const std::string config = small ? instance("PagedDecodeConfig", dtype, head_dim, head_dim_v, halves, parts, "true")
+                                   : instance("PagedDecodeConfig", dtype, head_dim, head_dim_v, halves, parts);
+  return "kvk::device::paged_decode_kernel<" + config + ">";
 }
-std::string prefill_kernel(DType dtype, int head_dim, int head_dim_v, uint32_t parts) {
-  return "kvk::device::paged_prefill_kernel<" + instance("PagedPrefillConfig", dtype, head_dim, head_dim_v, parts) +
-         ">";
+std::string prefill_kernel(DType dtype, int head_dim, int head_dim_v, uint32_t parts, bool small = false) {
+  const std::string config = small ? instance("PagedPrefillConfig", dtype, head_dim, head_dim_v, parts, "true")
+                                   : instance("PagedPrefillConfig", dtype, head_dim, head_dim_v, parts);
+  return "kvk::device::paged_prefill_kernel<" + config + ">";
+}
+
+// Whether a block of this size needs the small shape on this card.
+bool needs_small(size_t shared_bytes, const Launcher& launcher) {
+  return shared_bytes > static_cast<size_t>(launcher.properties().max_shared_per_block);
 }
 
 // Streamed requests: those of few rows per kv head, split over blocks.
@@ -50,7 +58,8 @@ void launch_streamed(const PagedProblem& p, int64_t list_entries, Launcher& laun
   params.problem = p;
   params.partial_rows = device::max_stream_rows(p.qo_indptr == nullptr, p.group);
   const int halves = params.partial_rows <= 8 ? 1 : 2;
-  const PagedDecodeShape shape(p.head_dim, p.head_dim_v, halves);
+  const bool small = needs_small(PagedDecodeShape(p.head_dim, p.head_dim_v, halves).shared_bytes(), launcher);
+  const PagedDecodeShape shape(p.head_dim, p.head_dim_v, halves, small);
   params.row_tiles = device::ceil_div(params.partial_rows, static_cast<int32_t>(shape.rows));
 
   int64_t most_keys = list_entries * p.page_size;
@@ -71,8 +80,9 @@ void launch_streamed(const PagedProblem& p, int64_t list_entries, Launcher& laun
   const int64_t pairs = int64_t{p.num_requests} * p.num_kv_heads * params.row_tiles;
   const int64_t wanted = device::ceil_div<int64_t>(8 * int64_t{launcher.properties().num_sms}, pairs);
   const uint32_t slots = static_cast<uint32_t>(std::clamp<int64_t>(wanted, 1, params.split_slots));
-  launch(launcher, {kDecodeHeader, decode_kernel(p.dtype, p.head_dim, p.head_dim_v, halves, score_parts(p))},
-         {static_cast<uint32_t>(pairs), slots, 1}, PagedDecodeShape::kThreads, shape.shared_bytes(), params);
+  launch(launcher, {kDecodeHeader, decode_kernel(p.dtype, p.head_dim, p.head_dim_v, halves, score_parts(p), small)},
+         {static_cast<uint32_t>(pairs), slots, 1}, static_cast<uint32_t>(shape.threads()), shape.shared_bytes(),
+         params);
   if (params.split_slots > 1) {
     launch(launcher, {kDecodeHeader, instance("merge_splits_kernel", p.dtype, p.head_dim_v)},
            {static_cast<uint32_t>(device::ceil_div<int64_t>(rows, 4)), 1, 1}, 128, 0, params);
@@ -83,10 +93,11 @@ void launch_streamed(const PagedProblem& p, int64_t list_entries, Launcher& laun
 void launch_tiled(const PagedProblem& p, Launcher& launcher) {
   PagedPrefillParams params = {};
   params.problem = p;
-  const PagedPrefillShape shape(p.head_dim, p.head_dim_v);
+  const bool small = needs_small(PagedPrefillShape(p.head_dim, p.head_dim_v).shared_bytes(), launcher);
+  const PagedPrefillShape shape(p.head_dim, p.head_dim_v, small);
   // Every request may leave its last tile unfilled.
   const int64_t tiles = device::ceil_div<int64_t>(p.num_tokens * p.group, shape.rows) + p.num_requests;
-  launch(launcher, {kPrefillHeader, prefill_kernel(p.dtype, p.head_dim, p.head_dim_v, score_parts(p))},
+  launch(launcher, {kPrefillHeader, prefill_kernel(p.dtype, p.head_dim, p.head_dim_v, score_parts(p), small)},
          {static_cast<uint32_t>(tiles), static_cast<uint32_t>(p.num_kv_heads), 1}, PagedPrefillShape::kThreads,
          shape.shared_bytes(), params);
   const int64_t rows = p.num_tokens * p.num_kv_heads * p.group;
@@ -111,10 +122,13 @@ std::vector<Kernel> default_kernels() {
   std::vector<Kernel> kernels;
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const int head_dim : {64, 128, 256}) {
-      for (const int halves : {1, 2})
-        kernels.push_back({kDecodeHeader, decode_kernel(dtype, head_dim, head_dim, halves, 0)});
+      for (const bool small : {false, true}) {
+        if (small && head_dim == 64) continue;  // the usual shape fits every card
+        for (const int halves : {1, 2})
+          kernels.push_back({kDecodeHeader, decode_kernel(dtype, head_dim, head_dim, halves, 0, small)});
+        kernels.push_back({kPrefillHeader, prefill_kernel(dtype, head_dim, head_dim, 0, small)});
+      }
       kernels.push_back({kDecodeHeader, instance("merge_splits_kernel", dtype, head_dim)});
-      kernels.push_back({kPrefillHeader, prefill_kernel(dtype, head_dim, head_dim, 0)});
       kernels.push_back({kPrefillHeader, instance("clear_unowned_kernel", dtype, head_dim)});
     }
   }

@@ -8,8 +8,9 @@ namespace kvk::emu {
 
 class EmulatorLauncher final : public cuda::Launcher {
  public:
-  // num_sms only sets how many blocks the launch code asks for.
-  explicit EmulatorLauncher(int num_sms = 4) : properties_{options().arch / 10, num_sms, int(max_smem_bytes())} {}
+  // num_sms only sets how many blocks the launch code asks for; shared_per_block what a block may have.
+  explicit EmulatorLauncher(int num_sms = 4, int shared_per_block = int(max_smem_bytes()))
+      : properties_{options().arch / 10, num_sms, shared_per_block} {}
 
   const cuda::DeviceProperties& properties() const override { return properties_; }
 

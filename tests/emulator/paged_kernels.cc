@@ -22,3 +22,13 @@ KVK_PREFILL(kvk::device::bf16, 160, 160, 0);
 KVK_EMULATED_KERNEL(kvk::device::clear_unowned_kernel<kvk::device::bf16, 64>);
 KVK_EMULATED_KERNEL(kvk::device::clear_unowned_kernel<kvk::device::f16, 48>);
 KVK_EMULATED_KERNEL(kvk::device::clear_unowned_kernel<kvk::device::bf16, 160>);
+
+// For cards with little shared memory a block.
+KVK_DECODE(kvk::device::bf16, 256, 256, 1, 0, true);
+KVK_DECODE(kvk::device::bf16, 256, 256, 2, 0, true);
+KVK_EMULATED_KERNEL(kvk::device::merge_splits_kernel<kvk::device::bf16, 256>);
+KVK_PREFILL(kvk::device::bf16, 256, 256, 0, true);
+KVK_PREFILL(kvk::device::bf16, 128, 128, 0, true);
+KVK_DECODE(kvk::device::bf16, 128, 128, 2, 0, true);
+KVK_EMULATED_KERNEL(kvk::device::clear_unowned_kernel<kvk::device::bf16, 256>);
+KVK_EMULATED_KERNEL(kvk::device::clear_unowned_kernel<kvk::device::bf16, 128>);

@@ -6,6 +6,8 @@
 #include "cpp/paged_case.h"
 #include "cuda/launch.h"
 #include "emulator/launch_ops.h"
+#include "kvk/device/paged_decode_params.h"
+#include "kvk/device/paged_prefill_params.h"
 
 namespace kvk {
 namespace {
@@ -68,8 +70,9 @@ void compare(const PagedPrefillArgs& a, const std::string& what) {
 }
 
 // nan_key: NaN in V of this key of request 0, which only later tokens may see.
-// num_sms: 1 makes a block take several splits of its request, more share them among blocks.
-void run(const std::string& what, const test::Spec& spec, int64_t nan_key = -1, int num_sms = 4) {
+// num_sms: 1 makes a block take several splits of its request, more share them among blocks. shared_per_block: of the card.
+void run(const std::string& what, const test::Spec& spec, int64_t nan_key = -1, int num_sms = 4,
+         int shared_per_block = static_cast<int>(emu::max_smem_bytes())) {
   test::Case c(spec, 7);
   if (nan_key >= 0) {
     const Tensor& v = c.args.v_pages;
@@ -92,7 +95,7 @@ void run(const std::string& what, const test::Spec& spec, int64_t nan_key = -1, 
   on.out = device(on.out, emu::Use::output);
   on.lse = device(on.lse, emu::Use::output);
 
-  emu::EmulatorLauncher launcher(num_sms);
+  emu::EmulatorLauncher launcher(num_sms, shared_per_block);
   emu::EmulatorWorkspace workspace;
   const PagedProblem problem =
       spec.is_decode() ? check_paged_decode({on.q, on.k_pages, on.v_pages, on.table, on.score, on.out, on.lse})
@@ -230,6 +233,32 @@ void prefill_cases() {
   run("streamed: a NaN value reaches only the rows that read it", few, 78);
 }
 
+// Cards that give a block 99 KiB: fewer warps, rows or keys at a time for the same answer.
+void small_card_cases() {
+  const int shared = 99 * 1024;
+  for (const int head_dim : {64, 128, 256}) {
+    const bool small = head_dim > 64;
+    for (const int halves : {1, 2}) {
+      emu::expect(device::PagedDecodeShape(head_dim, head_dim, halves, small).shared_bytes() <= size_t{shared},
+                  "decode of head dim " + std::to_string(head_dim) + " fits a small card");
+    }
+    emu::expect(device::PagedPrefillShape(head_dim, head_dim, small).shared_bytes() <= size_t{shared},
+                "prefill of head dim " + std::to_string(head_dim) + " fits a small card");
+  }
+  Spec spec = {.dtype = DType::bf16,
+               .num_heads = 4,
+               .num_kv_heads = 2,
+               .head_dim = 256,
+               .head_dim_v = 256,
+               .lens = {0, 600, 130}};
+  run("small card: decode, two warps", spec, -1, 4, shared);
+  spec.lens = {90};
+  spec.tokens = {70};
+  run("small card: prefill D 256, 16 keys at a time", spec, -1, 4, shared);
+  spec.head_dim = spec.head_dim_v = 128;
+  run("small card: prefill D 128, one row tile a warp", spec, -1, 4, shared);
+}
+
 }  // namespace
 }  // namespace kvk
 
@@ -238,5 +267,6 @@ int main() {
     kvk::decode_cases();
     kvk::several_splits_a_block();
     kvk::prefill_cases();
+    kvk::small_card_cases();
   });
 }

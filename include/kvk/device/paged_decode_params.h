@@ -18,29 +18,34 @@ struct PagedDecodeParams {
 
 // Sizes that follow from the head dims; the kernel uses them as constants, the launch code to ask for shared memory.
 struct PagedDecodeShape {
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kKeys = 16;  // keys of one warp's tile: the k of its P.V product
 
+  int warps;
   int rows;            // query rows of a block: 8 or 16
   int dim, dim_v;      // mma works on 16 columns at a time; the padding is filled with zeros
   int pitch, pitch_v;  // of a row in shared memory, elements: an odd number of 16-byte chunks, so that the 8 rows of an
                        // ldmatrix fall into different banks
   int stages;
 
-  KVK_HOST_DEVICE constexpr PagedDecodeShape(int head_dim, int head_dim_v, int halves)
-      : rows(8 * halves), dim(round_up(head_dim, 16)), dim_v(round_up(head_dim_v, 16)), pitch(dim + 8),
+  // small: for cards that give a block 99 KiB (sm_86, sm_89, sm_120), where the usual shape wants more.
+  KVK_HOST_DEVICE constexpr PagedDecodeShape(int head_dim, int head_dim_v, int halves, bool small = false)
+      : warps(4), rows(8 * halves), dim(round_up(head_dim, 16)), dim_v(round_up(head_dim_v, 16)), pitch(dim + 8),
         pitch_v(dim_v + 8), stages(0) {
     // As many stages as let two blocks fit beside each other on an SM (106 KiB each), at least 2 and at most 6: with head
     // dim 128, 3 stages of 4 warps keep over 100 KiB in flight on an SM; the latency of HBM wants about 40.
-    const int fit = 106 * 1024 / (kWarps * stage_elements() * 2);
+    const int room = small ? 84 * 1024 : 106 * 1024;
+    if (small && room < 2 * warps * stage_elements() * 2) warps = 2;
+    const int fit = room / (warps * stage_elements() * 2);
     stages = fit < 2 ? 2 : fit > 6 ? 6 : fit;
   }
 
+  KVK_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
+
   KVK_HOST_DEVICE constexpr int stage_elements() const { return kKeys * (pitch + pitch_v); }  // of one warp
-  KVK_HOST_DEVICE constexpr size_t ring_elements() const { return size_t(kWarps) * stages * stage_elements(); }
-  KVK_HOST_DEVICE constexpr size_t biases() const { return size_t(kWarps) * stages * kKeys; }
+  KVK_HOST_DEVICE constexpr size_t ring_elements() const { return size_t(warps) * stages * stage_elements(); }
+  KVK_HOST_DEVICE constexpr size_t biases() const { return size_t(warps) * stages * kKeys; }
   KVK_HOST_DEVICE constexpr size_t query_elements() const { return size_t(16) * pitch; }
-  KVK_HOST_DEVICE constexpr size_t states() const { return size_t(kWarps) * rows; }
+  KVK_HOST_DEVICE constexpr size_t states() const { return size_t(warps) * rows; }
 
   // In the order in which the kernel takes its parts.
   KVK_HOST_DEVICE constexpr size_t shared_bytes() const {
@@ -53,13 +58,13 @@ struct PagedDecodeShape {
 
 // kParts: the ScoreParts the kernel is compiled with. kHalves: 1 for up to 8 query rows a kv head, 2 for more (several tiles
 // of 16 where a group is larger).
-template <class T_, int kHeadDim_, int kHeadDimV_, int kHalves_, uint32_t kParts_>
+template <class T_, int kHeadDim_, int kHeadDimV_, int kHalves_, uint32_t kParts_, bool kSmall_ = false>
 struct PagedDecodeConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kHalves = kHalves_;
   static constexpr uint32_t kParts = kParts_;
-  static constexpr PagedDecodeShape kShape = PagedDecodeShape(kHeadDim_, kHeadDimV_, kHalves_);
-  static constexpr int kWarps = kShape.kWarps, kThreads = kShape.kThreads, kKeys = kShape.kKeys, kRows = kShape.rows;
+  static constexpr PagedDecodeShape kShape = PagedDecodeShape(kHeadDim_, kHeadDimV_, kHalves_, kSmall_);
+  static constexpr int kWarps = kShape.warps, kThreads = kShape.threads(), kKeys = kShape.kKeys, kRows = kShape.rows;
   static constexpr int kDim = kShape.dim, kDimV = kShape.dim_v, kPitch = kShape.pitch, kPitchV = kShape.pitch_v;
   static constexpr int kStages = kShape.stages;
   // Queries stay in registers where there is room for them beside the output.

@@ -3,7 +3,7 @@
 // FLOPs: 4 * Hq * D for each (query, key) seen; bytes: the keys a tile of 128 rows sees, once per tile, 2 * D * 2 each:
 // 128 FLOPs a byte and more, so bound by mma.sync (about 62% of the tensor peak on sm_90).
 // Tile: a block takes 128 query rows (64 beyond head dim 128) of one kv head, the heads of the group side by side, a warp
-// 32 (16) of them, against 64 (32) keys at a time. Pipeline: two stages of K and V filled by cp.async, one block barrier a tile.
+// 32 (16) of them, against 64 (32) keys at a time; less where a card's shared memory is small. Pipeline: two stages of K and V filled by cp.async, one block barrier a tile.
 #pragma once
 
 #include "kvk/device/paged_item.cuh"
@@ -26,7 +26,7 @@ class PrefillRows {
   using T = typename Config::T;
   static constexpr uint32_t kParts = Config::kParts;
   // A softmax step takes 32 keys: the scores of 64, beside 128 registers of output, would spill.
-  static constexpr int kStep = 32;
+  static constexpr int kStep = Config::kKeys < 32 ? Config::kKeys : 32;
   static constexpr int kRowTiles = Config::kRowTiles, kKeyTiles = kStep / 8, kTilesV = Config::kDimV / 8;
   static_assert(Config::kKeys % kStep == 0);
 

@@ -1,7 +1,7 @@
 // Format: quantized records, mixed with dense pages by the tag of a page reference. Scales stay out of the inner loop, which
 // multiplies floats of whole codes, taken around the middle of their range (kMiddle):
 //   K per channel  q.k = sum_d (q_d scale_d) code + sum_d q_d min_d     q is scaled once for each group of tokens
-//   K per token    k = code * scale + min, one operation a vector, shared by all rows of the tile
+//   K per token    q.k = sum_g scale_g sum_d q_d code + min_g sum_d q_d  one factor for each group of channels
 //   V per token    p v = sum_t (p_t scale_t) code + sum_t p_t min_t     p is scaled once for each group of channels
 //   V per channel  p v = scale_d sum_t p_t code + min_d sum_t p_t       the sum is scaled at the end of a group of tokens
 // Bytes: the records, each once for all query heads of its kv head.
@@ -11,7 +11,9 @@
 #include <memory>
 
 #include "cpu/engine/dense.h"
-#include "cpu/engine/quant_tiles.h"
+#include "cpu/engine/quant_record.h"
+#include "cpu/engine/quant_scores.h"
+#include "cpu/engine/quant_sums.h"
 #include "cpu/hadamard_rows.h"
 
 namespace kvk::cpu::KVK_LEVEL {
@@ -65,10 +67,11 @@ class MixedPages {
 
   // The next block's codes, while the present one is multiplied; the hardware follows within a record.
   Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int, int) const {
-    return prefetch(rows, scratch, begin, &Rows::Piece::v, pools_.v_head_stride, v_layout_);
+    return prefetch(rows, scratch, begin, &Rows::Piece::v, pools_.v_head_stride, v_layout_, 8);
   }
   Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int, int) const {
-    return prefetch(rows, scratch, begin, &Rows::Piece::k, pools_.k_head_stride, k_layout_);
+    return prefetch(rows, scratch, begin, &Rows::Piece::k, pools_.k_head_stride, k_layout_,
+                    std::max(1, p_.head_dim_v / (4 * W)));
   }
 
   void scores(const Rows& rows, int begin, int heads, const float* q, int ldq, int num_rows, float* s,
@@ -168,17 +171,32 @@ class MixedPages {
                   static_cast<const uint8_t*>(piece.v) + head * pools_.v_head_stride);
   }
 
+  // Codes, scales and minima of the records of a block, cut into pieces of one size; `steps` times it will be stepped.
   Prefetcher prefetch(const Rows& rows, const void** scratch, int head, const void* Piece::* part, int64_t head_stride,
-                      const QuantLayout& layout) const {
-    int count = 0, most = 0;
-    for (int i = 0; i < rows.num_pieces; ++i) {
+                      const QuantLayout& layout, int steps) const {
+    constexpr int kLine = 64;
+    struct Region {
+      const uint8_t* begin;
+      int64_t bytes;
+    } regions[8];
+    int num_regions = 0;
+    int64_t lines = 0;
+    for (int i = 0; i < rows.num_pieces && rows.count > 0 && num_regions + 2 <= 8; ++i) {
       const Piece& piece = rows.pieces[i];
       if (piece.dense) continue;
-      scratch[count++] =
-          static_cast<const uint8_t*>(piece.*part) + head * head_stride + piece.offset * layout.row_bytes;
-      most = std::max(most, piece.count);
+      const uint8_t* record = static_cast<const uint8_t*>(piece.*part) + head * head_stride;
+      regions[num_regions++] = {record + piece.offset * layout.row_bytes, piece.count * layout.row_bytes};
+      regions[num_regions++] = {record + layout.scale_offset, layout.record_bytes - layout.scale_offset};
+      for (int j = num_regions - 2; j < num_regions; ++j) lines += regions[j].bytes / kLine + 2;
     }
-    return Prefetcher(scratch, rows.count == 0 ? 0 : count, std::max<int64_t>(64, most * layout.row_bytes), 4);
+    const int64_t span = (lines / (kBlockKeys - 8) + 1) * kLine;
+    int count = 0;
+    for (int i = 0; i < num_regions; ++i) {
+      for (int64_t at = 0; at < regions[i].bytes && count < kBlockKeys; at += span) {
+        scratch[count++] = regions[i].begin + at;
+      }
+    }
+    return Prefetcher(scratch, count, span, static_cast<int>(lines / steps) + 1);
   }
 
   typename DensePages<T>::Rows dense_rows(const Piece& piece) const {

@@ -1,0 +1,310 @@
+"""What is measured of the quantized pages and the Hadamard transform: inputs, references, least bytes and FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+
+from bench.cases import (
+    DTYPES,
+    LSE_TOLERANCE,
+    TOLERANCE,
+    AttentionCase,
+    AttentionData,
+    WrongResultError,
+    relative_error,
+)
+from bench.harness import OURS, Prepared
+
+
+def quant_format(page_size: int, head_dim: int, bits: int) -> Any:
+    """8 bits with long groups (a scale for 64 tokens, or a row), fewer with KIVI's groups of 32."""
+    import kvk
+
+    groups = (64, head_dim) if bits == 8 else (32, 32)
+    return kvk.QuantFormat(page_size, head_dim, bits, bits, *groups)
+
+
+class Ours:
+    """kvk, or another way to the same result, as one call on the data."""
+
+    def __init__(self, call: Callable[[Any], Any], name: str = OURS) -> None:
+        self.call, self.name = call, name
+
+    def unavailable(self, case: Any) -> str | None:
+        """Never."""
+        return None
+
+    def build(self, data: Any) -> Prepared:
+        """Nothing is prepared."""
+        return Prepared(lambda: self.call(data), lambda result: result)
+
+
+@dataclass(frozen=True)
+class QuantDecodeCase:
+    """Decode over records alone. The bytes are the records' (checked against what the tensors hold), q, out and lse:
+    no other byte of the cache exists."""
+
+    bits: int
+    dense: AttentionCase
+    quick: bool = False
+    headline: bool = True
+    op: ClassVar[str] = "quant_decode"
+    bandwidth: ClassVar[str] = "read"
+
+    @property
+    def name(self) -> str:
+        """A label that is unique in the run."""
+        return f"{self.bits}bit-{self.dense.name}"
+
+    @property
+    def dtype(self) -> str:
+        """dtype of q and of the peer's cache."""
+        return self.dense.dtype
+
+    @property
+    def pages(self) -> int:
+        """Pages of all requests."""
+        return self.dense.batch * math.ceil(self.dense.kv_len / self.dense.page_size)
+
+    @property
+    def bytes(self) -> int:
+        """Records of all listed pages once; q, out, lse and the page table."""
+        dense = self.dense
+        fmt = quant_format(dense.page_size, dense.head_dim, self.bits)
+        records = self.pages * dense.kv_heads * (fmt.k_record_bytes + fmt.v_record_bytes)
+        rows = dense.tokens * dense.q_heads * (2 * dense.head_dim * DTYPES[dense.dtype].itemsize + 4)
+        return records + rows + 4 * self.pages
+
+    @property
+    def flops(self) -> int:
+        """As dense."""
+        return self.dense.flops
+
+    def make(self, seed: int) -> QuantDecodeData:
+        """Dense pages, quantized."""
+        import kvk
+
+        data = self.dense.make(seed)
+        fmt = quant_format(self.dense.page_size, self.dense.head_dim, self.bits)
+        ids = torch.arange(self.pages, dtype=torch.int32)
+        k_pool, v_pool = fmt.new_pool(self.pages, self.dense.kv_heads)
+        kvk.quantize_pages(data.k_pages, data.v_pages, ids, k_pool, v_pool, ids, fmt)
+        tensors = (k_pool, v_pool, data.page_indices, data.q)
+        out_and_lse = data.q.nbytes + 4 * data.q.shape[0] * data.q.shape[1]
+        assert self.bytes == sum(x.nbytes for x in tensors) + out_and_lse
+        return QuantDecodeData(self, data, fmt, k_pool, v_pool)
+
+
+@dataclass
+class QuantDecodeData:
+    """Records, and the dense pages they were made of."""
+
+    case: QuantDecodeCase
+    dense: AttentionData
+    fmt: Any
+    k_pool: torch.Tensor
+    v_pool: torch.Tensor
+
+    @cached_property
+    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse) in fp64 over the dequantized numbers."""
+        import kvk
+
+        ids = self.dense.page_indices.flatten()
+        k, v = kvk.dequantize_pages(self.k_pool, self.v_pool, ids, self.fmt, torch.float32)
+        dense = self.dense.case
+        shape = (dense.batch, -1, dense.kv_heads, dense.head_dim)
+        k, v = (x.reshape(shape)[:, : dense.kv_len].transpose(1, 2).contiguous() for x in (k, v))
+        fields = dict(self.dense.__dict__)
+        fields.pop("reference", None)
+        fields.pop("dense_q", None)
+        return AttentionData(**{**fields, "k": k, "v": v}).reference
+
+    def check(self, result: tuple[torch.Tensor, torch.Tensor]) -> float:
+        """The error against attention over the dequantized numbers. Over dense pages: against those."""
+        out, lse = result
+        want = self.dense.reference if lse is None else self.reference
+        error = relative_error(out, want[0])
+        if not error <= TOLERANCE[self.case.dtype]:
+            raise WrongResultError(f"out is off by {error:.2e}")
+        if lse is not None and not (lse.double() - want[1]).abs().max() <= 10 * LSE_TOLERANCE:
+            raise WrongResultError("lse is off")
+        return error
+
+    def reset(self) -> None:
+        """Nothing: no implementation changes what it is given."""
+
+
+def decode_records(data: QuantDecodeData) -> Any:
+    """quant_decode."""
+    import kvk
+
+    dense = data.dense
+    return kvk.quant_decode(dense.q, data.k_pool, data.v_pool, dense.page_indices, dense.kv_lens, data.fmt)
+
+
+def decode_dense(data: QuantDecodeData) -> Any:
+    """paged_decode over the dense pages. Its lse is of other numbers: only out is checked."""
+    import kvk
+
+    dense = data.dense
+    return kvk.paged_decode(dense.q, dense.k_pages, dense.v_pages, dense.page_indices, dense.kv_lens)[0], None
+
+
+@dataclass(frozen=True)
+class QuantizePagesCase:
+    """quantize_pages of whole pages, in random order."""
+
+    bits: int
+    dtype: str = "bf16"
+    pages: int = 512
+    page_size: int = 64
+    kv_heads: int = 8
+    head_dim: int = 128
+    quick: bool = False
+    headline: bool = True
+    op: ClassVar[str] = "quantize_pages"
+    bandwidth: ClassVar[str] = "copy"
+    flops: ClassVar[int] = 0
+
+    @property
+    def name(self) -> str:
+        """A label that is unique in the run."""
+        return f"{self.bits}bit-{self.dtype}-{self.kv_heads}h-{self.pages}p{self.page_size}"
+
+    @property
+    def bytes(self) -> int:
+        """Dense pages read, records written."""
+        fmt = quant_format(self.page_size, self.head_dim, self.bits)
+        row = 2 * self.page_size * self.head_dim * DTYPES[self.dtype].itemsize
+        return self.pages * self.kv_heads * (row + fmt.k_record_bytes + fmt.v_record_bytes)
+
+    def make(self, seed: int) -> QuantizePagesData:
+        """Random pages."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (2, self.pages, self.page_size, self.kv_heads, self.head_dim)
+        k_pages, v_pages = torch.randn(shape, generator=generator).to(DTYPES[self.dtype])
+        fmt = quant_format(self.page_size, self.head_dim, self.bits)
+        ids = torch.randperm(self.pages, generator=generator).int()
+        return QuantizePagesData(self, k_pages, v_pages, ids, *fmt.new_pool(self.pages, self.kv_heads), fmt)
+
+
+@dataclass
+class QuantizePagesData:
+    """The tensors of one draw."""
+
+    case: QuantizePagesCase
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    ids: torch.Tensor
+    k_pool: torch.Tensor
+    v_pool: torch.Tensor
+    fmt: Any
+
+    def check(self, result: tuple[torch.Tensor, torch.Tensor]) -> float:
+        """Some records, byte for byte."""
+        from kvk import reference
+
+        few = self.ids[:4]
+        want = [torch.zeros_like(pool) for pool in result]
+        reference.quantize_pages(self.k_pages, self.v_pages, few, *want, few, self.fmt)
+        for got, records in zip(result, want, strict=True):
+            if not torch.equal(got[few.long()], records[few.long()]):
+                raise WrongResultError("records differ from the reference's")
+        return 0.0
+
+    def reset(self) -> None:
+        """Other bytes, so that nobody is judged by the work of the one before."""
+        self.k_pool.fill_(255)
+        self.v_pool.fill_(255)
+
+
+def quantize_pages(data: QuantizePagesData) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op."""
+    import kvk
+
+    kvk.quantize_pages(data.k_pages, data.v_pages, data.ids, data.k_pool, data.v_pool, data.ids, data.fmt)
+    return data.k_pool, data.v_pool
+
+
+@dataclass(frozen=True)
+class HadamardCase:
+    """hadamard of `rows` rows of n elements, out of place."""
+
+    dtype: str
+    n: int = 128
+    rows: int = 1_000_000
+    quick: bool = False
+    headline: bool = False
+    op: ClassVar[str] = "hadamard"
+    bandwidth: ClassVar[str] = "copy"
+
+    @property
+    def name(self) -> str:
+        """A label that is unique in the run."""
+        return f"{self.dtype}-{self.rows}x{self.n}"
+
+    @property
+    def bytes(self) -> int:
+        """Every element read and written."""
+        return 2 * self.rows * self.n * DTYPES[self.dtype].itemsize
+
+    @property
+    def flops(self) -> int:
+        """An addition for each element and factor of 2; m of them for H_m."""
+        m = next(m for m in (40, 28, 20, 12, 1) if self.n % m == 0 and (self.n // m).bit_count() == 1)
+        return self.rows * self.n * (int(math.log2(self.n // m)) + (m if m > 1 else 0))
+
+    def make(self, seed: int) -> HadamardData:
+        """Random rows."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.rows, self.n, generator=generator).to(DTYPES[self.dtype])
+        return HadamardData(self, x, torch.empty_like(x))
+
+
+@dataclass
+class HadamardData:
+    """The tensors of one draw."""
+
+    case: HadamardCase
+    x: torch.Tensor
+    out: torch.Tensor
+
+    @cached_property
+    def matrix(self) -> torch.Tensor:
+        """H / sqrt(n), transposed, in the case's dtype: for matrix products."""
+        import kvk
+
+        eye = torch.eye(self.case.n)
+        return kvk.hadamard(eye).to(self.x.dtype)
+
+    def check(self, result: torch.Tensor) -> float:
+        """The error of the first rows; raises WrongResultError beyond the tolerance."""
+        from kvk import reference
+
+        error = relative_error(result[:1000], reference.hadamard(self.x[:1000]))
+        if not error <= TOLERANCE[self.case.dtype]:
+            raise WrongResultError(f"out is off by {error:.2e}")
+        return error
+
+    def reset(self) -> None:
+        """Other numbers in the output."""
+        self.out.fill_(7.0)
+
+
+def hadamard(data: HadamardData) -> torch.Tensor:
+    """The op, into a given tensor."""
+    import kvk
+
+    return kvk.hadamard(data.x, out=data.out)
+
+
+def matmul(data: HadamardData) -> torch.Tensor:
+    """torch's matrix product with the explicit matrix, into a given tensor."""
+    return torch.matmul(data.x, data.matrix, out=data.out)

@@ -64,11 +64,15 @@ inline void store_bytes(VU32 x, uint8_t* p) {
 template <int kBits>
 inline uint64_t squeeze8(uint64_t x) {
   if constexpr (kBits == 8) return x;
+#if defined(__BMI2__)
+  return _pext_u64(x, ((1ull << kBits) - 1) * 0x0101010101010101);
+#else
   constexpr uint64_t kPairs = ((1ull << 2 * kBits) - 1) * 0x0001000100010001;
   constexpr uint64_t kQuads = ((1ull << 4 * kBits) - 1) * 0x0000000100000001;
   x = (x | x >> (8 - kBits)) & kPairs;
   x = (x | x >> (16 - 2 * kBits)) & kQuads;
   return x | x >> (32 - 4 * kBits);
+#endif
 }
 
 // n codes, a byte each, n a multiple of 8, to a row's bytes.

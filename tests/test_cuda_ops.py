@@ -345,6 +345,12 @@ def test_every_kernel_of_the_emulated_library_is_launched():
         out, lse = random_states(1, 2, 3, 2, 8, dtype)
         card.ops.merge_states(out, lse)
         card.ops.merge_states_backward(out[0], lse[0], out, lse)
+    try:
+        card.ops._check_values(True)
+        card.run(make_case([600], **BF16))
+        card.ops.append_kv(*rows, *pools, torch.tensor([5]))
+    finally:
+        card.ops._check_values(False)
     assert launched(card) == set(card.ops._known_kernels().split())
 
 

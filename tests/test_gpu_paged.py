@@ -359,21 +359,41 @@ def test_a_second_process_finds_the_kernels_in_the_cache(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.cubin")) == kept
 
 
-def test_check_mode_names_the_op_that_failed():
-    """A page far outside the pool: with KVK_CHECK=1 the call itself reports it, and names the kernel."""
+def test_check_mode_names_the_first_bad_value():
+    """KVK_CHECK=1: every call of tests/test_cuda_check.py is refused with the CPU's message, good ones pass."""
+    done = in_a_process(
+        """
+        import torch
+        from card import CudaCard
+        from paged_cases import make_case
+        from test_cuda_check import BAD_CALLS, assert_named_alike
+        card = CudaCard()
+        for op, what, args in BAD_CALLS:
+            assert_named_alike(card, op, args)
+        card.check(make_case([600, 0, 70], dtype=torch.bfloat16, head_dim=128))
+        card.check(make_case([600, 0, 70], [70, 2, 1], mask="tree", dtype=torch.bfloat16, head_dim=128))
+        print("named", len(BAD_CALLS))
+        """,
+        KVK_CHECK="1",
+    )
+    assert done.returncode == 0 and "named" in done.stdout, (done.stdout, done.stderr)
+
+
+def test_check_mode_refuses_a_capture():
+    """What the check finds must be read back, which a graph cannot hold."""
     done = in_a_process(
         """
         import torch, kvk
         pages = torch.zeros(4, 16, 2, 64, dtype=torch.bfloat16, device="cuda")
-        q = torch.zeros(1, 4, 64, dtype=torch.bfloat16, device="cuda")
-        table = torch.tensor([[2**30]], dtype=torch.int32, device="cuda")
-        lens = torch.tensor([16], dtype=torch.int32, device="cuda")
+        k = torch.zeros(1, 2, 64, dtype=torch.bfloat16, device="cuda")
+        slots = torch.zeros(1, dtype=torch.int64, device="cuda")
+        kvk.append_kv(k, k, pages, pages.clone(), slots)
         try:
-            kvk.paged_decode(q, pages, pages, table, lens)
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                kvk.append_kv(k, k, pages, pages, slots)
         except RuntimeError as error:
             print("caught", error)
         """,
         KVK_CHECK="1",
     )
-    assert "caught" in done.stdout, (done.stdout, done.stderr)
-    assert "paged_decode_kernel" in done.stdout and "CUDA_ERROR_ILLEGAL_ADDRESS" in done.stdout
+    assert "caught kvk: KVK_CHECK=1 reads back" in done.stdout, (done.stdout, done.stderr)

@@ -6,6 +6,7 @@
 
 #include "core/check.h"
 #include "core/quant_check.h"
+#include "core/value_errors.h"
 
 namespace kvk {
 namespace {
@@ -38,19 +39,18 @@ PoolView pool_view(const Tensor& pages) { return {pages.data, pages.stride[0], p
 
 RowsView rows_view(const Tensor& rows) { return {rows.data, rows.stride[0], rows.stride[1]}; }
 
-// Starts of consecutive runs: from 0, never decreasing, within `limit`. Values on a card are trusted.
+// Starts of consecutive runs: from 0, never decreasing, within `limit`. Values on a card are trusted, here and below;
+// with KVK_CHECK=1 csrc/cuda/check_values.cc checks them there.
 void check_starts(const ArgChecker& check, const Tensor& starts, const char* name, int64_t limit, const char* of) {
   if (check.device().type != DeviceType::cpu) return;
   int64_t previous = 0;
   for (int64_t i = 0; i < starts.shape[0]; ++i) {
     const int64_t start = starts.ptr<const int32_t>()[i * starts.stride[0]];
-    if (i == 0 && start != 0) fail(check.op(), name, " must start at 0, got ", start);
-    if (start < previous) {
-      fail(check.op(), name, " must not decrease, got ", start, " after ", previous, " at entry ", i);
-    }
+    if (i == 0 && start != 0) fail_first_start(check.op(), name, start);
+    if (start < previous) fail_decreasing_start(check.op(), name, start, previous, i);
     previous = start;
   }
-  if (previous > limit) fail(check.op(), name, " must end within the ", limit, " ", of, ", got ", previous);
+  if (previous > limit) fail_last_start(check.op(), name, limit, of, previous);
 }
 
 // One entry of a page table in use.
@@ -69,10 +69,7 @@ void check_page(const ArgChecker& check, const PoolShape& pool, int64_t entry, i
       kind = "dense ";
     }
   }
-  if (page < 0 || page >= limit) {
-    fail(check.op(), "page_indices: request ", request, " needs ", kind, "page ", page, " of a pool of ", limit,
-         " pages (entry ", index, " of its list)");
-  }
+  if (page < 0 || page >= limit) fail_page(check.op(), request, kind, page, limit, index);
 }
 
 // Forms and values of the page table. Values are read: the CPU always checks them.
@@ -132,11 +129,8 @@ PageList check_table(const ArgChecker& check, const PageTable& table, int64_t nu
         const int64_t row = list.per_head_list ? b * heads + h : b;
         capacity = list.indptr[(row + 1) * list.indptr_stride] - list.indptr[row * list.indptr_stride];
       }
-      if (len < 0) fail(check.op(), "kv_lens must not be negative, got ", len, " for request ", b);
-      if (len > capacity * pool.page_size) {
-        fail(check.op(), "kv_lens: request ", b, " has ", len, " keys, but its list of ", capacity, " pages of ",
-             pool.page_size, " holds ", capacity * pool.page_size);
-      }
+      if (len < 0) fail_negative_len(check.op(), len, b);
+      if (len > capacity * pool.page_size) fail_len_past_list(check.op(), b, len, capacity, pool.page_size);
       const int32_t* pages = list.pages(b, h);
       const int64_t used = (len + pool.page_size - 1) / pool.page_size;
       for (int64_t i = 0; i < used; ++i) {
@@ -228,6 +222,7 @@ PagedProblem check_queries(const ArgChecker& check, const Queries& args, const P
   problem.head_dim_v = static_cast<int32_t>(pool.head_dim_v);
   problem.num_tokens = num_tokens;
   problem.page_size = pool.page_size;
+  problem.num_pages = pool.num_pages;
   problem.q = rows_view(args.q);
   problem.causal = true;
   problem.mask_width = -1;
@@ -313,14 +308,14 @@ void check_mask(const ArgChecker& check, const std::optional<Tensor>& mask_bits,
   if (mask_width == -1 && check.device().type == DeviceType::cpu) {
     for (int64_t b = 0; b < problem.num_requests; ++b) {
       if (problem.num_request_tokens(b) > capacity) {
-        fail(check.op(), "mask_bits: ", bits.shape[1], " words a row hold ", capacity, " bits, request ", b, " has ",
-             problem.num_request_tokens(b), " tokens");
+        fail_tokens_past_mask(check.op(), bits.shape[1], b, problem.num_request_tokens(b));
       }
     }
   }
   problem.mask_bits = bits.ptr<const uint32_t>();
   problem.mask_token_stride = bits.stride[0];
   problem.mask_word_stride = bits.stride[1];
+  problem.mask_words = bits.shape[1];
   problem.mask_width = mask_width;
 }
 
@@ -395,8 +390,7 @@ void check_append_kv(const AppendKvArgs& args) {
   for (int64_t t = 0; t < num_tokens; ++t) {
     const int64_t slot = slots[t * args.slot_mapping.stride[0]];
     if (slot >= pool.num_pages * pool.page_size) {
-      fail(check.op(), "slot_mapping: token ", t, " goes to slot ", slot, " of a pool of ", pool.num_pages,
-           " pages of ", pool.page_size);
+      fail_slot(check.op(), t, slot, pool.num_pages, pool.page_size);
     }
   }
 }

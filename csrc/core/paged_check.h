@@ -1,5 +1,5 @@
 // Checks of the paged ops' arguments. Each throws kvk::Error before anything is written. Page ids, lengths, starts and slots
-// are checked too where the CPU can read them.
+// are checked too where the CPU can read them; on a card csrc/cuda/check_values.cc does, with KVK_CHECK=1.
 #pragma once
 
 #include "core/paged_problem.h"

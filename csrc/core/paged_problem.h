@@ -33,6 +33,8 @@ struct QuantPools {
 struct PagedProblem : device::PagedProblem {
   DType dtype;
   const QuantPools* quant = nullptr;  // null: all pages are dense
+  int64_t num_pages = 0;              // of the pool; with records, theirs
+  int64_t mask_words = -1;            // of a row of mask_bits; -1: no mask
 
   // The row of key_bias that a page reference means.
   int64_t bias_row(int64_t reference) const {

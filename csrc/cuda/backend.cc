@@ -2,8 +2,10 @@
 #include "cuda/backend.h"
 
 #include "core/check.h"
+#include "cuda/check_values.h"
 #include "cuda/driver_launcher.h"
 #include "cuda/launch.h"
+#include "cuda/log.h"
 
 namespace kvk::cuda {
 namespace {
@@ -30,11 +32,16 @@ void paged_attention(const char* op, const PagedProblem& problem, int64_t list_e
                      const Context& context) {
   DriverLauncher launcher(device.index, context.cuda_stream);
   ContextWorkspace workspace(op, device, context);
+  if (check_mode()) check_table_values(op, problem, list_entries, launcher, workspace);
   launch_paged_attention(problem, list_entries, launcher, workspace);
 }
 
 void append_kv(const AppendKvArgs& args, const Context& context) {
   DriverLauncher launcher(args.k.device.index, context.cuda_stream);
+  if (check_mode()) {
+    ContextWorkspace workspace("append_kv", args.k.device, context);
+    check_slot_values(args, launcher, workspace);
+  }
   launch_append_kv(args, launcher);
 }
 

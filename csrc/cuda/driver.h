@@ -9,6 +9,7 @@ namespace kvk::cuda {
 
 using CUresult = int;
 using CUdevice = int;
+using CUdeviceptr = unsigned long long;
 using CUcontext = struct CUctx_st*;
 using CUmodule = struct CUmod_st*;
 using CUfunction = struct CUfunc_st*;
@@ -75,6 +76,7 @@ struct DriverCall {
   X(cuStreamIsCapturing, CUstream, int*)                                                                        \
   X(cuThreadExchangeStreamCaptureMode, int*)                                                                    \
   X(cuStreamSynchronize, CUstream)                                                                              \
+  X(cuMemcpyDtoHAsync_v2, void*, CUdeviceptr, size_t, CUstream)                                                 \
   X(cuGetErrorName, CUresult, const char**)                                                                     \
   X(cuGetErrorString, CUresult, const char**)
 

@@ -252,7 +252,6 @@ const DeviceProperties& DriverLauncher::properties() const { return device_.desc
 void DriverLauncher::launch(const Kernel& kernel, Dim3 grid, Dim3 block, size_t shared_bytes, const void* params,
                             size_t params_size) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  static const bool check = environment_switch("KVK_CHECK");
   const Driver& d = driver();
   const Subject subject{device_.index, kernel.expression.c_str()};
   CurrentContext context(device_, subject);
@@ -265,7 +264,21 @@ void DriverLauncher::launch(const Kernel& kernel, Dim3 grid, Dim3 block, size_t 
   void* arguments[] = {const_cast<void*>(params)};
   d.cuLaunchKernel(subject, function.handle, grid.x, grid.y, grid.z, block.x, block.y, block.z,
                    static_cast<unsigned>(shared_bytes), stream_, arguments, nullptr);
-  if (check && !capturing(stream_, subject)) d.cuStreamSynchronize(subject, stream_);
+  if (check_mode() && !capturing(stream_, subject)) d.cuStreamSynchronize(subject, stream_);
+  context.pop();
+}
+
+void DriverLauncher::read(void* host, const void* device, size_t bytes) {
+  const Driver& d = driver();
+  const Subject subject{device_.index};
+  CurrentContext context(device_, subject);
+  if (capturing(stream_, subject)) {
+    throw Error(
+        "kvk: KVK_CHECK=1 reads back from the card what it has found, which cannot be while a CUDA graph is being "
+        "captured: run the op without the capture, or unset KVK_CHECK");
+  }
+  d.cuMemcpyDtoHAsync_v2(subject, host, reinterpret_cast<CUdeviceptr>(device), bytes, stream_);
+  d.cuStreamSynchronize(subject, stream_);
   context.pop();
 }
 

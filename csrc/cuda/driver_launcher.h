@@ -26,6 +26,9 @@ class DriverLauncher final : public Launcher {
   void launch(const Kernel& kernel, Dim3 grid, Dim3 block, size_t shared_bytes, const void* params,
               size_t params_size) override;
 
+  // Refused while the stream is being captured into a CUDA graph.
+  void read(void* host, const void* device, size_t bytes) override;
+
   // What the first launch does, without launching.
   void load(const Kernel& kernel);
 

@@ -34,6 +34,8 @@ class Launcher {
   // Queues the kernel on the launcher's stream. Throws kvk::Error naming the kernel when it cannot be compiled or started.
   virtual void launch(const Kernel& kernel, Dim3 grid, Dim3 block, size_t shared_bytes, const void* params,
                       size_t params_size) = 0;
+  // Waits for all that is queued on the stream, then copies from the device. Only debugging does so.
+  virtual void read(void* host, const void* device, size_t bytes) = 0;
 };
 
 }  // namespace kvk::cuda

@@ -1,4 +1,4 @@
-// KVK_LOG=1: one line on stderr for every compile, every load from the cache, and every cache that cannot be used.
+// The switches among the environment variables. KVK_LOG=1: one line on stderr for every compile, every load from the cache, and every cache that cannot be used.
 #pragma once
 
 #include <cstdio>
@@ -13,6 +13,12 @@ namespace kvk::cuda {
 inline bool environment_switch(const char* name) {
   const char* value = std::getenv(name);
   return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
+}
+
+// KVK_CHECK=1: values on a card are checked there, and every launch is waited for. Read once.
+inline bool check_mode() {
+  static const bool on = environment_switch("KVK_CHECK");
+  return on;
 }
 
 template <class... Parts>

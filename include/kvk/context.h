@@ -19,7 +19,7 @@ class KVK_API Allocator {
 struct Context {
   Threads* threads = nullptr;      // CPU; null: default_threads()
   void* cuda_stream = nullptr;     // CUDA: a CUstream of the tensors' card; null: its default stream
-  Allocator* allocator = nullptr;  // CUDA: where partial results go
+  Allocator* allocator = nullptr;  // CUDA: where partial results go, and with KVK_CHECK=1 what a check finds
 
   Context() = default;
   Context(Threads& with) : threads(&with) {}  // a call on the CPU may name its threads alone

@@ -2,7 +2,7 @@
 //
 // Shapes: B requests, T packed query tokens, Hq / Hkv query / kv heads, D / Dv head dims of K / V, P page size, N pages.
 // Tensors are all on the CPU, or all on one card; on a card work is queued on the context's stream, and page ids, lengths and
-// slots are read there, not checked (KVK_CHECK=1 waits for each kernel). float32 attention is the CPU's alone.
+// slots are read there, and checked only with KVK_CHECK=1 (docs/cuda.md). float32 attention is the CPU's alone.
 //
 // The conventions (LSE, causal alignment, head map, empty rows, masks) are in docs/conventions.md, the forms of a page
 // table in docs/page-tables.md.

@@ -182,6 +182,41 @@ KVK_CASE(check_mode) {
   check_equal(launch_error(launcher, kernel(1)), "no error", "a captured launch is not waited for");
 }
 
+KVK_CASE(read) {
+  const Fakes fakes;
+  DriverLauncher launcher(1, kStream);
+  fakes.cuda.calls();
+  const std::string on_card = "what the kernel found";
+  std::string found(on_card.size(), ' ');
+  const auto read = [&] { return error_of([&] { launcher.read(found.data(), on_card.data(), on_card.size()); }); };
+  check_equal(read(), "no error", "read");
+  check_equal(found, on_card, "what was read");
+  check_equal(fakes.cuda.calls(),
+              "cuCtxPushCurrent_v2 device=1\n"
+              "cuStreamIsCapturing\n"
+              "cuMemcpyDtoHAsync_v2 21\n"
+              "cuStreamSynchronize\n"
+              "cuCtxPopCurrent_v2\n",
+              "a copy is waited for");
+  for (const char* call : {"cuMemcpyDtoHAsync_v2", "cuStreamSynchronize"}) {
+    fakes.cuda.fail(call, 1);
+    check_equal(read(),
+                std::string("kvk: ") + call + " failed with FAKE_ERROR_1 (1: as the test wants it), device cuda:1",
+                call);
+    check_equal(fakes.cuda.context_depth(), 0, std::string(call) + ": context");
+    fakes.cuda.fail(call, 0);
+  }
+  fakes.cuda.set("capture", 1);
+  fakes.cuda.calls();
+  check_equal(
+      read(),
+      "kvk: KVK_CHECK=1 reads back from the card what it has found, which cannot be while a CUDA graph is being "
+      "captured: run the op without the capture, or unset KVK_CHECK",
+      "captured");
+  check_lacks(fakes.cuda.calls(), "cuMemcpyDtoHAsync_v2", "captured");
+  check_equal(fakes.cuda.context_depth(), 0, "context");
+}
+
 KVK_CASE(old_driver) {
   const TemporaryCache cache;
   const FakeCuda cuda(library("kvk_fake_cuda_old"));

@@ -1,6 +1,8 @@
 // The launch code of csrc/cuda over the emulator: kernels by name, in the order of the calls.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/launcher.h"
 #include "emulator/emulator.h"
 
@@ -20,6 +22,8 @@ class EmulatorLauncher final : public cuda::Launcher {
     const LaunchConfig config = {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes};
     launch_by_name(kernel.expression, config, params, params_size);
   }
+
+  void read(void* host, const void* device, size_t bytes) override { std::memcpy(host, device, bytes); }
 
  private:
   cuda::DeviceProperties properties_;

@@ -9,7 +9,8 @@
 
 #include "core/check.h"
 #include "cpu/backend.h"
-#include "cuda/launch.h"
+#include "cuda/check_values.h"
+#include "cuda/log.h"
 #include "emulator/launch_ops.h"
 #include "torch/adapter.h"
 
@@ -98,10 +99,28 @@ class NotedLauncher final : public cuda::Launcher {
     launched.push_back(kernel.expression);
     emulator_.launch(kernel, grid, block, shared_bytes, params, params_size);
   }
+  void read(void* host, const void* device, size_t bytes) override { emulator_.read(host, device, bytes); }
 
  private:
   emu::EmulatorLauncher emulator_{num_sms};
 };
+
+// KVK_CHECK=1, or what a test sets.
+bool checking = cuda::check_mode();
+
+// The check that comes before an op, which may write nothing: of the op's tensors, all are its inputs.
+template <class Check>
+void check_first(Check check) {
+  if (!checking) return;
+  const std::vector<Operand> kept = operands();
+  {
+    const Call call({});
+    NotedLauncher launcher;
+    emu::EmulatorWorkspace workspace;
+    check(launcher, workspace);
+  }
+  operands() = kept;
+}
 
 std::string lines(const std::vector<std::string>& list) {
   std::string text;
@@ -118,6 +137,8 @@ void emulate(int64_t sms, int64_t seed) {
   options.async = seed < 0 ? emu::Options::Async::late : emu::Options::Async::mixed;
   options.seed = static_cast<uint64_t>(std::max<int64_t>(seed, 1));
 }
+
+void check_values(bool on) { checking = on; }
 
 // The kernels launched since the last question, a line each.
 std::string launched_kernels() {
@@ -143,12 +164,14 @@ void* current_stream(const Device&) { return nullptr; }
 
 KVK_LIBRARY_FRAGMENT(KVK_NAMESPACE, m) {
   m.def("_emulate(int num_sms, int seed) -> ()");
+  m.def("_check_values(bool on) -> ()");
   m.def("_launched_kernels() -> str");
   m.def("_known_kernels() -> str");
 }
 
 KVK_LIBRARY_IMPL(KVK_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("_emulate", TORCH_BOX(&emulate));
+  m.impl("_check_values", TORCH_BOX(&check_values));
   m.impl("_launched_kernels", TORCH_BOX(&launched_kernels));
   m.impl("_known_kernels", TORCH_BOX(&known_kernels));
 }
@@ -158,7 +181,10 @@ KVK_LIBRARY_IMPL(KVK_NAMESPACE, CompositeExplicitAutograd, m) {
 // ---------------------------------------------------------------------------------------------- csrc/cuda/backend.cc
 namespace cuda {
 
-void paged_attention(const char*, const PagedProblem& problem, int64_t list_entries, Device, const Context&) {
+void paged_attention(const char* op, const PagedProblem& problem, int64_t list_entries, Device, const Context&) {
+  check_first([&](Launcher& launcher, Workspace& workspace) {
+    check_table_values(op, problem, list_entries, launcher, workspace);
+  });
   const Call call({problem.out.data, problem.lse});
   NotedLauncher launcher;
   emu::EmulatorWorkspace workspace;
@@ -166,6 +192,7 @@ void paged_attention(const char*, const PagedProblem& problem, int64_t list_entr
 }
 
 void append_kv(const AppendKvArgs& args, const Context&) {
+  check_first([&](Launcher& launcher, Workspace& workspace) { check_slot_values(args, launcher, workspace); });
   const Call call({}, {args.k_pages.data, args.v_pages.data});
   NotedLauncher launcher;
   launch_append_kv(args, launcher);

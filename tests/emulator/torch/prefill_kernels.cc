@@ -1,6 +1,7 @@
-// The prefill kernels of tests/test_emulated_ops.py, and those of append_kv and merge_states.
+// The prefill kernels of tests/test_emulated_ops.py, those of append_kv and merge_states, and of KVK_CHECK=1.
 #include "emulator/paged_kernels.h"
 #include "kvk/device/append_kv.cuh"
+#include "kvk/device/check_values.cuh"
 #include "kvk/device/merge_states.cuh"
 
 KVK_PREFILL(kvk::device::bf16, 64, 64, 0);
@@ -23,3 +24,5 @@ KVK_EMULATED_KERNEL(kvk::device::merge_states_kernel<float>);
 KVK_EMULATED_KERNEL(kvk::device::merge_states_backward_kernel<kvk::device::bf16>);
 KVK_EMULATED_KERNEL(kvk::device::merge_states_backward_kernel<kvk::device::f16>);
 KVK_EMULATED_KERNEL(kvk::device::merge_states_backward_kernel<float>);
+KVK_EMULATED_KERNEL(kvk::device::check_table_kernel<512>);
+KVK_EMULATED_KERNEL(kvk::device::check_slots_kernel<512>);

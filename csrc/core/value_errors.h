@@ -1,0 +1,49 @@
+// The wording of errors about values in tensors, which the CPU reads itself and a card's check kernels find.
+#pragma once
+
+#include "core/check.h"
+
+namespace kvk {
+
+[[noreturn]] inline void fail_first_start(const char* op, const char* name, int64_t start) {
+  fail(op, name, " must start at 0, got ", start);
+}
+
+[[noreturn]] inline void fail_decreasing_start(const char* op, const char* name, int64_t start, int64_t previous,
+                                               int64_t entry) {
+  fail(op, name, " must not decrease, got ", start, " after ", previous, " at entry ", entry);
+}
+
+// of: "tokens of q"
+[[noreturn]] inline void fail_last_start(const char* op, const char* name, int64_t limit, const char* of,
+                                         int64_t last) {
+  fail(op, name, " must end within the ", limit, " ", of, ", got ", last);
+}
+
+[[noreturn]] inline void fail_negative_len(const char* op, int64_t len, int64_t request) {
+  fail(op, "kv_lens must not be negative, got ", len, " for request ", request);
+}
+
+[[noreturn]] inline void fail_len_past_list(const char* op, int64_t request, int64_t len, int64_t num_pages,
+                                            int64_t page_size) {
+  fail(op, "kv_lens: request ", request, " has ", len, " keys, but its list of ", num_pages, " pages of ", page_size,
+       " holds ", num_pages * page_size);
+}
+
+// kind: "", or "dense " beside records
+[[noreturn]] inline void fail_page(const char* op, int64_t request, const char* kind, int64_t page, int64_t num_pages,
+                                   int64_t entry) {
+  fail(op, "page_indices: request ", request, " needs ", kind, "page ", page, " of a pool of ", num_pages,
+       " pages (entry ", entry, " of its list)");
+}
+
+[[noreturn]] inline void fail_tokens_past_mask(const char* op, int64_t words, int64_t request, int64_t tokens) {
+  fail(op, "mask_bits: ", words, " words a row hold ", words * 32, " bits, request ", request, " has ", tokens,
+       " tokens");
+}
+
+[[noreturn]] inline void fail_slot(const char* op, int64_t token, int64_t slot, int64_t num_pages, int64_t page_size) {
+  fail(op, "slot_mapping: token ", token, " goes to slot ", slot, " of a pool of ", num_pages, " pages of ", page_size);
+}
+
+}  // namespace kvk

@@ -1,0 +1,66 @@
+#include "cuda/check_values.h"
+
+#include "core/value_errors.h"
+#include "kvk/device/check_values_params.h"
+
+namespace kvk::cuda {
+namespace {
+
+using device::BadValue;
+
+constexpr const char* kHeader = "kvk/device/check_values.cuh";
+constexpr uint32_t kThreads = 512;  // of the one block: enough for debugging
+
+Kernel table_kernel() { return {kHeader, "kvk::device::check_table_kernel<" + std::to_string(kThreads) + ">"}; }
+Kernel slots_kernel() { return {kHeader, "kvk::device::check_slots_kernel<" + std::to_string(kThreads) + ">"}; }
+
+template <class Params>
+BadValue find_bad_value(const Kernel& kernel, Params params, Launcher& launcher, Workspace& workspace) {
+  params.found = static_cast<BadValue*>(workspace.allocate(sizeof(BadValue)));
+  launch(launcher, kernel, {1, 1, 1}, kThreads, 0, params);
+  BadValue found;
+  launcher.read(&found, params.found, sizeof found);
+  return found;
+}
+
+}  // namespace
+
+void check_table_values(const char* op, const PagedProblem& problem, int64_t list_entries, Launcher& launcher,
+                        Workspace& workspace) {
+  device::CheckTableParams params = {};
+  params.problem = problem;
+  params.num_pages = problem.num_pages;
+  params.list_entries = list_entries;
+  params.mask_words = problem.mask_words;
+  const BadValue bad = find_bad_value(table_kernel(), params, launcher, workspace);
+
+  const bool of_queries = bad.of_queries != 0;
+  const char* starts = of_queries ? "qo_indptr" : "page_indptr";
+  switch (bad.kind) {
+    case BadValue::kFirstStart: fail_first_start(op, starts, bad.value);
+    case BadValue::kDecreasingStart: fail_decreasing_start(op, starts, bad.value, bad.other, bad.index);
+    case BadValue::kLastStart:
+      fail_last_start(op, starts, of_queries ? problem.num_tokens : list_entries,
+                      of_queries ? "tokens of q" : "entries of page_indices", bad.value);
+    case BadValue::kNegativeLen: fail_negative_len(op, bad.value, bad.index);
+    case BadValue::kLenPastList: fail_len_past_list(op, bad.index, bad.value, bad.other, problem.page_size);
+    case BadValue::kPage: fail_page(op, bad.index, "", bad.value, problem.num_pages, bad.entry);
+    case BadValue::kTokensPastMask: fail_tokens_past_mask(op, problem.mask_words, bad.index, bad.value);
+    default: return;
+  }
+}
+
+void check_slot_values(const AppendKvArgs& args, Launcher& launcher, Workspace& workspace) {
+  const int64_t num_pages = args.k_pages.shape[0], page_size = args.k_pages.shape[1];
+  device::CheckSlotsParams params = {};
+  params.slots = args.slot_mapping.ptr<const int64_t>();
+  params.slot_stride = args.slot_mapping.stride[0];
+  params.num_tokens = args.k.shape[0];
+  params.num_slots = num_pages * page_size;
+  const BadValue bad = find_bad_value(slots_kernel(), params, launcher, workspace);
+  if (bad.kind == BadValue::kSlot) fail_slot("append_kv", bad.index, bad.value, num_pages, page_size);
+}
+
+std::vector<Kernel> check_kernels() { return {table_kernel(), slots_kernel()}; }
+
+}  // namespace kvk::cuda

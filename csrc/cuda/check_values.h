@@ -1,0 +1,16 @@
+// KVK_CHECK=1: page ids, lengths, starts and slots, which lie on the card, are checked there before the op's kernels run.
+// Each call waits for the card, and throws kvk::Error for the first bad value, worded as on the CPU.
+#pragma once
+
+#include "cuda/launch.h"
+
+namespace kvk::cuda {
+
+void check_table_values(const char* op, const PagedProblem& problem, int64_t list_entries, Launcher& launcher,
+                        Workspace& workspace);
+void check_slot_values(const AppendKvArgs& args, Launcher& launcher, Workspace& workspace);
+
+// The kernels of both.
+std::vector<Kernel> check_kernels();
+
+}  // namespace kvk::cuda

@@ -1,0 +1,162 @@
+// Checks values that only the card can read, and names the first bad one, with the rules and in the order of the CPU's
+// checks (csrc/core/paged_check.cc). For debugging: one block, bound by the latency of its loads.
+// Tile: one warp a list of pages, one thread a start or a slot.
+#pragma once
+
+#include "kvk/device/check_values_params.h"
+#include "kvk/device/lang.h"
+
+namespace kvk::device {
+
+inline constexpr uint64_t kAllGood = ~uint64_t{0};
+
+// The least of the block's keys, in every thread. A key says where a bad value is; the first one has the least.
+template <int kThreads>
+KVK_DEVICE uint64_t block_min(uint64_t key) {
+  KVK_SHARED(keys, uint64_t[kThreads / 32]);
+  KVK_UNROLL
+  for (int step = 16; step > 0; step /= 2) {
+    const uint64_t other = __shfl_xor_sync(0xffffffffu, key, step);
+    key = other < key ? other : key;
+  }
+  __syncthreads();  // the keys of an earlier call have been read
+  if (threadIdx.x % 32 == 0) keys[threadIdx.x / 32] = key;
+  __syncthreads();
+  for (int warp = 0; warp < kThreads / 32; ++warp) key = keys[warp] < key ? keys[warp] : key;
+  return key;
+}
+
+// Starts of consecutive runs: from 0, never decreasing, within `limit`.
+template <int kThreads>
+KVK_DEVICE bool good_starts(const int32_t* starts, int64_t stride, int64_t count, int64_t limit, bool of_queries,
+                            BadValue* found) {
+  uint64_t first = kAllGood;
+  for (int64_t i = threadIdx.x; i < count && first == kAllGood; i += kThreads) {
+    const int32_t start = starts[i * stride];
+    if (i == 0 ? start != 0 : start < starts[(i - 1) * stride]) first = static_cast<uint64_t>(i);
+  }
+  const int64_t last = starts[(count - 1) * stride];
+  if (first == kAllGood && last > limit) first = static_cast<uint64_t>(count);
+  first = block_min<kThreads>(first);
+  if (first == kAllGood) return true;
+  if (threadIdx.x == 0) {
+    const int64_t at = static_cast<int64_t>(first);
+    BadValue bad;
+    bad.kind = at == count ? BadValue::kLastStart : at == 0 ? BadValue::kFirstStart : BadValue::kDecreasingStart;
+    bad.of_queries = of_queries;
+    bad.index = at;
+    bad.value = at == count ? last : starts[at * stride];
+    bad.other = bad.kind == BadValue::kDecreasingStart ? starts[(at - 1) * stride] : 0;
+    *found = bad;
+  }
+  return false;
+}
+
+// Pages that the list of a request and kv head names.
+KVK_DEVICE int64_t list_capacity(const CheckTableParams& p, int64_t request, int64_t head) {
+  const PageList& list = p.problem.list;
+  if (list.indptr == nullptr) return p.list_entries;
+  const int64_t row = list.per_head_list ? request * list.num_kv_heads + head : request;
+  return int64_t{list.indptr[(row + 1) * list.indptr_stride]} - list.indptr[row * list.indptr_stride];
+}
+
+// Lengths, and the pages in use. The starts must be good.
+template <int kThreads>
+KVK_DEVICE bool good_lists(const CheckTableParams& p) {
+  const PageList& list = p.problem.list;
+  const int64_t page_size = p.problem.page_size;
+  const int64_t lists = list.per_head() ? list.num_kv_heads : 1;  // of one request
+  // The list's number, and then 0 for its length or 1 + the place of a page: a list has fewer than 2^32 - 1.
+  uint64_t first = kAllGood;
+  for (int64_t row = threadIdx.x / 32; row < p.problem.num_requests * lists && first == kAllGood;
+       row += kThreads / 32) {
+    const int64_t request = row / lists, head = row % lists;
+    const int64_t len = list.len(request, head);
+    if (len < 0 || len > list_capacity(p, request, head) * page_size) {
+      first = static_cast<uint64_t>(row) << 32;
+      continue;
+    }
+    const int32_t* pages = list.pages(request, head);
+    for (int64_t i = threadIdx.x % 32; i < ceil_div(len, page_size) && first == kAllGood; i += 32) {
+      const int64_t page = pages[i * list.index_stride];
+      if (page < 0 || page >= p.num_pages) first = static_cast<uint64_t>(row) << 32 | static_cast<uint64_t>(i + 1);
+    }
+  }
+  first = block_min<kThreads>(first);
+  if (first == kAllGood) return true;
+  if (threadIdx.x == 0) {
+    const int64_t row = static_cast<int64_t>(first >> 32), place = static_cast<int64_t>(first & 0xffffffffu);
+    const int64_t request = row / lists, head = row % lists;
+    BadValue bad;
+    bad.index = request;
+    if (place > 0) {
+      bad.kind = BadValue::kPage;
+      bad.entry = place - 1;
+      bad.value = list.pages(request, head)[bad.entry * list.index_stride];
+    } else {
+      bad.value = list.len(request, head);
+      bad.kind = bad.value < 0 ? BadValue::kNegativeLen : BadValue::kLenPastList;
+      bad.other = list_capacity(p, request, head);
+    }
+    *p.found = bad;
+  }
+  return false;
+}
+
+// The rows of a mask as wide as a request has tokens.
+template <int kThreads>
+KVK_DEVICE bool good_mask(const CheckTableParams& p) {
+  uint64_t first = kAllGood;
+  for (int64_t b = threadIdx.x; b < p.problem.num_requests && first == kAllGood; b += kThreads) {
+    if (p.problem.num_request_tokens(b) > p.mask_words * 32) first = static_cast<uint64_t>(b);
+  }
+  first = block_min<kThreads>(first);
+  if (first == kAllGood) return true;
+  if (threadIdx.x == 0) {
+    BadValue bad;
+    bad.kind = BadValue::kTokensPastMask;
+    bad.index = static_cast<int64_t>(first);
+    bad.value = p.problem.num_request_tokens(bad.index);
+    *p.found = bad;
+  }
+  return false;
+}
+
+template <int kThreads>
+KVK_KERNEL(kThreads, 1)
+check_table_kernel(const __grid_constant__ CheckTableParams p) {
+  const PagedProblem& problem = p.problem;
+  const PageList& list = problem.list;
+  if (list.indptr != nullptr) {
+    const int64_t lists = int64_t{problem.num_requests} * (list.per_head_list ? list.num_kv_heads : 1);
+    if (!good_starts<kThreads>(list.indptr, list.indptr_stride, lists + 1, p.list_entries, false, p.found)) return;
+  }
+  if (!good_lists<kThreads>(p)) return;
+  if (problem.qo_indptr != nullptr) {
+    const int64_t count = int64_t{problem.num_requests} + 1;
+    if (!good_starts<kThreads>(problem.qo_indptr, problem.qo_indptr_stride, count, problem.num_tokens, true, p.found))
+      return;
+    if (p.mask_words >= 0 && problem.mask_width == -1 && !good_mask<kThreads>(p)) return;
+  }
+  if (threadIdx.x == 0) *p.found = BadValue();
+}
+
+template <int kThreads>
+KVK_KERNEL(kThreads, 1)
+check_slots_kernel(const __grid_constant__ CheckSlotsParams p) {
+  uint64_t first = kAllGood;
+  for (int64_t t = threadIdx.x; t < p.num_tokens && first == kAllGood; t += kThreads) {
+    if (p.slots[t * p.slot_stride] >= p.num_slots) first = static_cast<uint64_t>(t);
+  }
+  first = block_min<kThreads>(first);
+  if (threadIdx.x != 0) return;
+  BadValue bad;
+  if (first != kAllGood) {
+    bad.kind = BadValue::kSlot;
+    bad.index = static_cast<int64_t>(first);
+    bad.value = p.slots[bad.index * p.slot_stride];
+  }
+  *p.found = bad;
+}
+
+}  // namespace kvk::device

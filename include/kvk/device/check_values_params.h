@@ -1,0 +1,40 @@
+// Parameters of the kernels that check values on a card (KVK_CHECK=1), and what they find.
+#pragma once
+
+#include "kvk/device/paged_problem.h"
+
+namespace kvk::device {
+
+// The first bad value of a call, in the order in which the CPU checks them.
+struct BadValue {
+  enum Kind : int32_t {
+    kNone,
+    kFirstStart,       // value: page_indptr[0] or qo_indptr[0]
+    kDecreasingStart,  // value: the start at `index`; other: the one before it
+    kLastStart,        // value: the last start
+    kNegativeLen,      // value: the length; index: the request
+    kLenPastList,      // the same; other: pages of the request's list
+    kPage,             // value: the page; index: the request; entry: where in its list
+    kTokensPastMask,   // value: tokens; index: the request
+    kSlot,             // value: the slot; index: the token
+  };
+  Kind kind = kNone;
+  int32_t of_queries = 0;  // starts: of qo_indptr, not of page_indptr
+  int64_t index = 0, entry = 0, value = 0, other = 0;
+};
+
+struct CheckTableParams {
+  PagedProblem problem;
+  int64_t num_pages;
+  int64_t list_entries;  // dense table: of one list; CSR: of all
+  int64_t mask_words;    // of a row; -1: no mask
+  BadValue* found;
+};
+
+struct CheckSlotsParams {
+  const int64_t* slots;
+  int64_t slot_stride, num_tokens, num_slots;
+  BadValue* found;
+};
+
+}  // namespace kvk::device

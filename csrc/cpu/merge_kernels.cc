@@ -2,6 +2,7 @@
 // (FlashInfer's recursive attention, natural log). Bytes: every part once and the result; bound by memory.
 #include "cpu/kernels.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -65,22 +66,59 @@ void store_scaled(const float* src, float w, int64_t n, T* dst) {
   if (d < n) store_partial(load_partial(src + d, static_cast<int>(n - d)) * w, dst + d, static_cast<int>(n - d));
 }
 
+// Parts lie far apart, often a power of two, and rows of all of them side by side would fight for the same cache sets: a
+// few rows are merged at a time, part after part, each part's piece being fetched while the one before is added.
+constexpr int64_t kMergeBytes = 16 * 1024;
+
 template <class T>
 void merge_rows(const MergeStatesArgs& a, int64_t begin, int64_t end) {
   const int64_t n = a.parts.shape[0], heads = a.parts.shape[2], dim = a.parts.shape[3];
-  std::vector<float> acc(static_cast<size_t>(dim));
-  for (int64_t row = begin; row < end; ++row) {
+  const int64_t part_stride = a.parts.stride[0], lse_stride = a.parts_lse.stride[0];
+  const int64_t row_bytes = dim * int64_t{sizeof(T)};
+  const int64_t most = std::max<int64_t>(1, kMergeBytes / row_bytes);
+  struct Row {
+    const T* part;  // of part 0
+    const float* lse;
+    T* out;
+    float* out_lse;
+    Normaliser normaliser;
+  };
+  const auto row_of = [&](int64_t row) {
     const int64_t t = row / heads, h = row % heads;
     const float* lse = a.parts_lse.ptr<const float>() + t * a.parts_lse.stride[1] + h * a.parts_lse.stride[2];
-    const T* part = a.parts.ptr<const T>() + t * a.parts.stride[1] + h * a.parts.stride[2];
-    const Normaliser normaliser(lse, a.parts_lse.stride[0], n);
-    std::fill(acc.begin(), acc.end(), normaliser.max == normaliser.max ? 0.0f : normaliser.max);
-    for (int64_t i = 0; i < n; ++i) {
-      const float x = lse[i * a.parts_lse.stride[0]];
-      if (saw_keys(x)) add_scaled(part + i * a.parts.stride[0], normaliser.weight(x), dim, acc.data());
+    return Row{a.parts.ptr<const T>() + t * a.parts.stride[1] + h * a.parts.stride[2], lse,
+               a.out.ptr<T>() + t * a.out.stride[0] + h * a.out.stride[1],
+               a.lse.ptr<float>() + t * a.lse.stride[0] + h * a.lse.stride[1], Normaliser(lse, lse_stride, n)};
+  };
+  std::vector<Row> rows;
+  std::vector<float> acc(static_cast<size_t>(most * dim));
+  for (int64_t first = begin; first < end; first += most) {
+    const int64_t count = std::min(most, end - first);
+    rows.clear();
+    for (int64_t r = 0; r < count; ++r) {
+      const float max = rows.emplace_back(row_of(first + r)).normaliser.max;
+      std::fill_n(acc.begin() + r * dim, dim, max == max ? 0.0f : max);
     }
-    store_scaled(acc.data(), 1.0f, dim, a.out.ptr<T>() + t * a.out.stride[0] + h * a.out.stride[1]);
-    a.lse.ptr<float>()[t * a.lse.stride[0] + h * a.lse.stride[1]] = normaliser.merged();
+    for (int64_t i = 0; i < n; ++i) {
+      float* to = acc.data();
+      for (const Row& row : rows) {
+        const T* part = row.part + i * part_stride;
+        if (i + 1 < n) {
+          for (int64_t at = 0; at < row_bytes; at += 64) {
+            prefetch_l2(reinterpret_cast<const char*>(part + part_stride) + at);
+          }
+        }
+        const float x = row.lse[i * lse_stride];
+        if (saw_keys(x)) add_scaled(part, row.normaliser.weight(x), dim, to);
+        to += dim;
+      }
+    }
+    const float* from = acc.data();
+    for (const Row& row : rows) {
+      store_scaled(from, 1.0f, dim, row.out);
+      *row.out_lse = row.normaliser.merged();
+      from += dim;
+    }
   }
 }
 

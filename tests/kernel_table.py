@@ -26,7 +26,7 @@ Made by `python tests/kernel_table.py`, with NVRTC {version}; do not edit. These
 `kvk.precompile()` compiles (docs/cuda.md). Registers are per thread, shared memory in bytes per block; no kernel
 spills or uses local memory, which the compile gate (`tests/test_cuda_kernels.py`) checks. Dynamic shared memory
 is what the launch asks for: `kShape.shared_bytes()` of the kernel's config. A star: a block of that architecture
-may not have so much ({limits}), and the op says so.
+may not have so much ({limits}); there the op takes the small shape (`true`).
 """
 # What a block may have, static and dynamic together (CUDA C++ Programming Guide, compute capabilities). sm_86 and
 # sm_89 have sm_120's.

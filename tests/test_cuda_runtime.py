@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -365,16 +366,25 @@ def test_threads_and_cubins_to_ship(probes: Path, tmp_path: Path) -> None:
     assert len({one.key for one in done}) == 8
     assert len(cuda.cache_files()) == 8
 
-    shipped = tmp_path / "shipped"
+    package = tmp_path / "site" / "kvk"  # a package that has them
+    shutil.copytree(
+        Path(cuda.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "cubins", "__pycache__")
+    )
+    shipped = package / "cubins"
     cuda.precompile("sm_90a", kernels[:1], output=shipped)
     assert len(list(shipped.iterdir())) == 1
     assert len(cuda.cache_files()) == 8
-    code = f"""
-torch.ops.kvk._set_shipped_cubins({str(shipped)!r})
+    code = """
 print(cuda.compile_kernel(probe(20), "sm_90a").origin)
 print(error_of(lambda: cuda.compile_kernel(probe(21), "sm_90a")))
 """
-    steer = {"KVK_NVRTC": "/nowhere", "KVK_LIBCUDA": "/nowhere", "KVK_DEVICE_SOURCES": PROBE_SOURCES}
+    steer = {
+        "KVK_NVRTC": "/nowhere",
+        "KVK_LIBCUDA": "/nowhere",
+        "KVK_DEVICE_SOURCES": PROBE_SOURCES,
+        "KVK_LIBRARY": str(_load.library_path()),
+        "PYTHONPATH": str(package.parent),
+    }
     origin, error = python(code, **steer)[0].split("\n", 1)
     assert origin == "shipped"
     assert "the NVRTC that KVK_NVRTC names" in error

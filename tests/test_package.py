@@ -48,7 +48,10 @@ def cpu_of_children() -> float:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout without what was built in it."""
     folder = tmp_path_factory.mktemp("package") / "kvk"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_SOURCES, "cubins"))
+    cubins = folder / "python" / "kvk" / "cubins"  # as `precompile --output` leaves them; see docs/cuda.md
+    cubins.mkdir()
+    (cubins / "shipped.cubin").write_bytes(b"a cubin")
     return folder
 
 
@@ -111,7 +114,7 @@ def test_wheel_holds_the_package(wheel: Wheel) -> None:
     package = ROOT / "python"
     modules = {str(path.relative_to(package)) for path in (package / "kvk").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
-    assert names >= {"kvk/libkvk.so", "kvk/py.typed"}
+    assert names >= {"kvk/libkvk.so", "kvk/py.typed", "kvk/cubins/shipped.cubin"}
     assert [name for name in names if ".so" in name] == ["kvk/libkvk.so"]
 
 

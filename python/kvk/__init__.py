@@ -20,6 +20,7 @@ from kvk.ops.quant import dequantize, dequantize_pages, quantize, quantize_pages
 from kvk.ops.quant_attention import quant_decode, quant_prefill  # noqa: E402
 
 cuda.provide_nvrtc()
+cuda.provide_cubins()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -108,6 +108,14 @@ def provide_nvrtc() -> None:
     _ops()._set_nvrtc_candidates(nvrtc_files())
 
 
+def provide_cubins() -> None:
+    """Tells the library of the cubins shipped with the package, in its folder ``cubins``, if it has one. Part of
+    `import kvk`."""
+    folder = Path(__file__).parent / "cubins"
+    if folder.is_dir():
+        _ops()._set_shipped_cubins(str(folder))
+
+
 def _ops() -> Any:
     return getattr(torch.ops, _load.NAMESPACE)
 

@@ -45,6 +45,9 @@ function(kvk_add_levels target sources out)
     target_link_libraries(${library} PRIVATE kvk_options)
     target_compile_definitions(${library} PRIVATE KVK_LEVEL=${level} KVK_LEVEL_NAME="${${level}_name}")
     target_compile_options(${library} PRIVATE ${${level}_flags} -fno-math-errno -fno-trapping-math)
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+      target_compile_options(${library} PRIVATE -fno-gnu-unique)  # unique symbols cannot be made local
+    endif()
     if(KVK_SANITIZE)
       # The sanitizers' records do not survive localising. So here inline functions of the standard library may merge
       # across levels, which is no harm as long as the machine has every level of the build: `make sanitize` sees to it.

@@ -194,7 +194,7 @@ def conformance(setting: Setting) -> Part:
 
 
 def gpu_test_files() -> list[str]:
-    names = ("test_cuda_ops*.py", "test_gpu_*.py")
+    names = ("test_cuda_ops*.py", "test_cuda_check.py", "test_gpu_*.py")
     return sorted(str(path.relative_to(ROOT)) for name in names for path in TESTS.glob(name))
 
 

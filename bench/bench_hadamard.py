@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from bench.harness import Measure
-from bench.quant_cases import HadamardCase, Ours, hadamard, matmul
+from bench.quant_cases import HadamardCase, InPlace, Ours, hadamard, matmul
 
 CASES = [
     HadamardCase("f32", quick=True, headline=True),
@@ -25,4 +25,4 @@ CASES = [
 def bench_hadamard(case: HadamardCase, measure: Measure) -> None:
     # torch's 16-bit matrix product on a CPU is a hundred times slower than its float32 one.
     peers = [Ours(matmul, "torch matmul")] if case.dtype == "f32" and case.n <= 1024 else []
-    measure(case, [Ours(hadamard), *peers])
+    measure(case, [Ours(hadamard), InPlace(), *peers])

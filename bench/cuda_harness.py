@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from bench.cases import AttentionCase, WrongResultError
+from bench.cases import AttentionCase
 from bench.cuda_data import CudaData, draw
-from bench.harness import OURS, paired
+from bench.harness import OURS, admit, paired
 
 COPY_BYTES = 1 << 30
 MATRIX_SIZE = 8192
@@ -137,10 +137,6 @@ class Seat:
                 "graph": self.graph is not None}  # fmt: skip
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-
-
 class CudaMeasurement:
     """Builds, checks and times one case; raises WrongResultError when kvk is wrong. A peer that is wrong, broken or
     absent is left out with a note."""
@@ -163,27 +159,14 @@ class CudaMeasurement:
         self.ceiling_samples: dict[int, float] = {}
 
     def _seat(self, implementation: Any, draws: list[CudaData]) -> Seat | None:
-        name, required = implementation.name, implementation.name == OURS
-        reason = implementation.unavailable(self.case)
-        if reason is not None:
-            self.notes[name] = reason
-            return None
-        try:
+        def make() -> Seat:
             prepared = [implementation.build(data) for data in draws]
             error = draws[0].check(prepared[0].result(prepared[0].run()))
-            seat = Seat(name, [p.run for p in prepared], error)
+            seat = Seat(implementation.name, [p.run for p in prepared], error)
             seat.prepare(self.turn)
-        except WrongResultError as wrong:
-            if required:
-                raise WrongResultError(f"{self.case.op} {self.case.name}: {wrong}") from wrong
-            self.notes[name] = f"wrong result: {wrong}"
-            return None
-        except Exception as failure:  # a peer's failure of any kind is a note in the table, never ours
-            if required:
-                raise
-            self.notes[name] = f"failed: {first_line(failure)}"
-            return None
-        return seat
+            return seat
+
+        return admit(implementation, self.case, self.notes, make)
 
     def run(self) -> dict[str, Any]:
         """All rounds, then the row."""

@@ -6,7 +6,6 @@ Peers without pages get dense, contiguous K and V, prepared before the clock sta
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench import peers as cpu_peers
 from bench.cases import AttentionCase, heads_last
 from bench.cuda_data import CudaData
 from bench.harness import OURS, Prepared
@@ -78,44 +78,14 @@ class Sdpa:
         return Prepared(run, lambda out: (heads_last(out.reshape(shape)), None))
 
 
-class Flex:
+class Flex(cpu_peers.Flex):
     """torch's flex_attention, compiled for the case's shapes."""
 
     name = "flex compiled"
 
-    def __init__(self) -> None:
-        self._made: tuple[AttentionCase, Callable[..., Any], Any] | None = None
-
     def unavailable(self, case: AttentionCase) -> str | None:
         """Needs Triton."""
         return None if find_spec("triton") else "triton is not installed"
-
-    def build(self, data: CudaData) -> Prepared:
-        """Compiles once per case."""
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        case = data.case
-        if self._made is None or self._made[0] != case:
-            torch._dynamo.reset()
-            mask = None
-            if case.q_len > 1:
-                offset = case.kv_len - case.q_len
-
-                def visible(b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
-                    return kv_index <= q_index + offset
-
-                mask = create_block_mask(visible, None, None, case.q_len, case.kv_len, device="cuda")
-            self._made = (case, torch.compile(flex_attention, dynamic=False, fullgraph=True), mask)
-        _, compiled, mask = self._made
-        q, k, v = data.dense_q, data.k, data.v
-        grouped = case.q_heads != case.kv_heads
-
-        def run() -> torch.Tensor:
-            with torch.no_grad():
-                result: torch.Tensor = compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
-            return result
-
-        return Prepared(run, lambda out: (heads_last(out), None))
 
 
 class FlashAttention3:

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from bench.cases import Case, Data, WrongResultError
 from bench.roofline import Ceilings
 
 OURS = "kvk"
+AnySeat = TypeVar("AnySeat")
 
 
 @dataclass
@@ -182,6 +183,36 @@ def paired(above: dict[int, float], below: dict[int, float]) -> float:
     return statistics.median(above[r] / below[r] for r in above.keys() & below.keys())
 
 
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its text."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def admit(
+    implementation: Any, case: Any, notes: dict[str, str], make: Callable[[], AnySeat]
+) -> AnySeat | None:
+    """The seat that make() gives, checked and ready to be timed. A peer that is absent, wrong or broken gets a note and
+    None; kvk's failure of any kind is raised."""
+    name, required = implementation.name, implementation.name == OURS
+    reason = implementation.unavailable(case)
+    if reason is not None:
+        if required:
+            raise RuntimeError(f"{case.op}: {reason}")
+        notes[name] = reason
+        return None
+    try:
+        return make()
+    except WrongResultError as wrong:
+        if required:
+            raise WrongResultError(f"{case.op} {case.name}: {wrong}") from wrong
+        notes[name] = f"wrong result: {wrong}"
+    except Exception as failure:  # a peer's failure of any kind is a note in the table, never ours
+        if required:
+            raise
+        notes[name] = f"failed: {first_line(failure)}"
+    return None
+
+
 class Measurement:
     """Builds, checks and times one case.
 
@@ -214,34 +245,18 @@ class Measurement:
         self.disturbance = Disturbance()
 
     def _seat(self, implementation: Implementation, draws: list[Data]) -> Seat | None:
-        name, required = implementation.name, implementation.name == OURS
-        reason = implementation.unavailable(self.case)
-        if reason is not None:
-            if required:
-                raise RuntimeError(f"{self.case.op}: {reason}")
-            self.notes[name] = reason
-            return None
-        try:
+        def make() -> Seat:
             prepared = [implementation.build(data) for data in draws]
             draws[0].reset()
             value = prepared[0].run()
             error = 0.0
             if prepared[0].result is not None:
                 error = draws[0].check(prepared[0].result(value))
-            seat = Seat(name, [p.run for p in prepared], error)
+            seat = Seat(implementation.name, [p.run for p in prepared], error)
             seat.plan(self.budget)
-        except WrongResultError as wrong:
-            if required:
-                raise WrongResultError(f"{self.case.op} {self.case.name}: {wrong}") from wrong
-            self.notes[name] = f"wrong result: {wrong}"
-            return None
-        except Exception as failure:  # a peer's failure of any kind is a note in the table, never ours
-            if required:
-                raise
-            first_line = (str(failure).strip().splitlines() or [""])[0]
-            self.notes[name] = f"failed: {type(failure).__name__}: {first_line}"
-            return None
-        return seat
+            return seat
+
+        return admit(implementation, self.case, self.notes, make)
 
     def _ceiling_kind(self) -> str | None:
         """What bounds this case on this machine: read or copy bandwidth, or the FMA rate, by the best passes of

@@ -140,7 +140,7 @@ class Flex:
                 def visible(b: Any, h: Any, q_index: Any, kv_index: Any) -> Any:
                     return kv_index <= q_index + offset
 
-                mask = create_block_mask(visible, None, None, case.q_len, case.kv_len, device="cpu")
+                mask = create_block_mask(visible, None, None, case.q_len, case.kv_len, device=data.k.device)
             self._compiled = (case, torch.compile(flex_attention, dynamic=False, fullgraph=True), mask)
         _, compiled, mask = self._compiled
         q, k, v = data.dense_q, data.k, data.v

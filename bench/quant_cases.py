@@ -46,15 +46,15 @@ class Ours:
 
 
 @dataclass(frozen=True)
-class QuantDecodeCase:
-    """Decode over records alone. The bytes are the records' (checked against what the tensors hold), q, out and lse:
+class QuantAttentionCase:
+    """Attention over records alone. The bytes are the records' (checked against what the tensors hold), q, out and lse:
     no other byte of the cache exists."""
 
     bits: int
     dense: AttentionCase
     quick: bool = False
     headline: bool = True
-    op: ClassVar[str] = "quant_decode"
+    op: str = "quant_decode"
     bandwidth: ClassVar[str] = "read"
 
     @property
@@ -86,7 +86,7 @@ class QuantDecodeCase:
         """As dense."""
         return self.dense.flops
 
-    def make(self, seed: int) -> QuantDecodeData:
+    def make(self, seed: int) -> QuantAttentionData:
         """Dense pages, quantized."""
         import kvk
 
@@ -98,14 +98,14 @@ class QuantDecodeCase:
         tensors = (k_pool, v_pool, data.page_indices, data.q)
         out_and_lse = data.q.nbytes + 4 * data.q.shape[0] * data.q.shape[1]
         assert self.bytes == sum(x.nbytes for x in tensors) + out_and_lse
-        return QuantDecodeData(self, data, fmt, k_pool, v_pool)
+        return QuantAttentionData(self, data, fmt, k_pool, v_pool)
 
 
 @dataclass
-class QuantDecodeData:
+class QuantAttentionData:
     """Records, and the dense pages they were made of."""
 
-    case: QuantDecodeCase
+    case: QuantAttentionCase
     dense: AttentionData
     fmt: Any
     k_pool: torch.Tensor
@@ -141,7 +141,7 @@ class QuantDecodeData:
         """Nothing: no implementation changes what it is given."""
 
 
-def decode_records(data: QuantDecodeData) -> Any:
+def decode_records(data: QuantAttentionData) -> Any:
     """quant_decode."""
     import kvk
 
@@ -149,12 +149,33 @@ def decode_records(data: QuantDecodeData) -> Any:
     return kvk.quant_decode(dense.q, data.k_pool, data.v_pool, dense.page_indices, dense.kv_lens, data.fmt)
 
 
-def decode_dense(data: QuantDecodeData) -> Any:
+def decode_dense(data: QuantAttentionData) -> Any:
     """paged_decode over the dense pages. Its lse is of other numbers: only out is checked."""
     import kvk
 
     dense = data.dense
     return kvk.paged_decode(dense.q, dense.k_pages, dense.v_pages, dense.page_indices, dense.kv_lens)[0], None
+
+
+def prefill_records(data: QuantAttentionData) -> Any:
+    """quant_prefill."""
+    import kvk
+
+    dense = data.dense
+    return kvk.quant_prefill(
+        dense.q, dense.qo_indptr, data.k_pool, data.v_pool, dense.page_indices, dense.kv_lens, data.fmt
+    )
+
+
+def prefill_dense(data: QuantAttentionData) -> Any:
+    """paged_prefill over the dense pages. Its lse is of other numbers: only out is checked."""
+    import kvk
+
+    dense = data.dense
+    out, _ = kvk.paged_prefill(
+        dense.q, dense.qo_indptr, dense.k_pages, dense.v_pages, dense.page_indices, dense.kv_lens
+    )
+    return out, None
 
 
 @dataclass(frozen=True)
@@ -303,6 +324,21 @@ def hadamard(data: HadamardData) -> torch.Tensor:
     import kvk
 
     return kvk.hadamard(data.x, out=data.out)
+
+
+class InPlace:
+    """torch.ops.kvk.hadamard_ on its own result, over and over: an orthonormal transform keeps its size."""
+
+    name = "kvk in place"
+
+    def unavailable(self, case: HadamardCase) -> str | None:
+        """Never."""
+        return None
+
+    def build(self, data: HadamardData) -> Prepared:
+        """A copy of its own; the first call's result is the one that is checked."""
+        own = data.x.clone()
+        return Prepared(lambda: torch.ops.kvk.hadamard_(own), lambda _: own)
 
 
 def matmul(data: HadamardData) -> torch.Tensor:

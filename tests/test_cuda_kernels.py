@@ -63,6 +63,9 @@ OPTIONS = [
     ("paged_decode_kernel", "PagedDecodeConfig", "f16, 256, 256, 2, {parts}"),
     ("paged_prefill_kernel", "PagedPrefillConfig", "bf16, 128, 128, {parts}"),
     ("paged_prefill_kernel", "PagedPrefillConfig", "f16, 256, 256, {parts}"),
+    # For cards with little shared memory a block.
+    ("paged_decode_kernel", "PagedDecodeConfig", "bf16, 256, 256, 2, {parts}, true"),
+    ("paged_prefill_kernel", "PagedPrefillConfig", "f16, 128, 128, {parts}, true"),
 ]
 
 

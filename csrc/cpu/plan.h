@@ -18,7 +18,7 @@ namespace kvk::cpu {
 // a kv head, AVX2: 20 rows take 8.9 ms and 10.1, 24 rows 10.5 and 9.8.
 inline constexpr int kMaxStreamRows = 20;
 // Rows of a panel tile for each kv head, and what they are padded to: a multiple of every level's register block. More rows
-// share the unpacking of a block but compute more of its masked corner (2k causal: 120 rows 6% slower, 360 1 to 3%).
+// share the unpacking of a block but compute more of its masked corner.
 inline constexpr int kPanelRows = 192;
 inline constexpr int kPanelRowStep = 12;
 inline constexpr int kBlockKeys = 64;          // most keys of one block

@@ -252,11 +252,11 @@ void small_card_cases() {
                .head_dim_v = 256,
                .lens = {0, 600, 130}};
   run("small card: decode, two warps", spec, -1, 4, shared);
-  spec.lens = {90};
-  spec.tokens = {70};
-  run("small card: prefill D 256, 16 keys at a time", spec, -1, 4, shared);
+  spec.lens = {90, 300};
+  spec.tokens = {70, 3};
+  run("small card: D 256, prefill of 16 keys at a time, and a streamed request", spec, -1, 4, shared);
   spec.head_dim = spec.head_dim_v = 128;
-  run("small card: prefill D 128, one row tile a warp", spec, -1, 4, shared);
+  run("small card: D 128, prefill of one row tile a warp, and a streamed request", spec, -1, 4, shared);
 }
 
 }  // namespace

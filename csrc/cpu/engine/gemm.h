@@ -14,7 +14,7 @@ inline constexpr int kBlockRows = W == 16 ? 12 : W == 8 ? 6 : 4;
 inline constexpr int kPanelWidth = 2 * W;
 // Floats from one panel of values to the next: a line more than the panel, or all panels would share their cache sets.
 inline constexpr int kValuePanel = kBlockKeys * kPanelWidth + 16;
-static_assert(kPanelRows % kBlockRows == 0 && kPad % kPanelWidth == 0);
+static_assert(kPanelRowStep % kBlockRows == 0 && kPad % kPanelWidth == 0);
 
 enum class Into { kSet, kAdd, kScaleAdd };  // C = AB, C += AB, C = C * scale + AB
 

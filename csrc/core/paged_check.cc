@@ -252,10 +252,11 @@ PagedProblem check_attention(const ArgChecker& check, const PagedDecodeArgs& arg
   return problem;
 }
 
-// The same over records and dense pages.
-PagedProblem check_quant_attention(const ArgChecker& check, const QuantDecodeArgs& args, const char* rows,
-                                   int64_t num_requests, QuantPools& pools) {
-  const QuantFormat& format = args.format;
+// The same over records and dense pages, of any format.
+template <class Args>
+PagedProblem check_record_attention(const ArgChecker& check, const Args& args, const char* rows, int64_t num_requests,
+                                    RecordPools& pools) {
+  const auto& format = args.format;
   check_q(check, args.q, rows);
   check_record_pool(check, args.k_pool, "k_pool", -1, -1, format.k_layout().record_bytes);
   PoolShape pool = {args.k_pool.shape[0], format.page_size,  args.k_pool.shape[1],
@@ -277,15 +278,14 @@ PagedProblem check_quant_attention(const ArgChecker& check, const QuantDecodeArg
       check_queries(check, {args.q, args.table, args.score, args.out, args.lse, rows, num_requests}, pool);
   problem.k = args.k_pages ? pool_view(*args.k_pages) : PoolView{};
   problem.v = args.v_pages ? pool_view(*args.v_pages) : PoolView{};
-  pools = {format,
-           args.k_pool.ptr<const uint8_t>(),
-           args.v_pool.ptr<const uint8_t>(),
+  pools = {args.k_pool.template ptr<const uint8_t>(),
+           args.v_pool.template ptr<const uint8_t>(),
            args.k_pool.stride[0],
            args.k_pool.stride[1],
            args.v_pool.stride[0],
            args.v_pool.stride[1],
            pool.num_pages};
-  problem.quant = &pools;
+  problem.records = &pools;
   return problem;
 }
 
@@ -357,16 +357,18 @@ PagedProblem check_paged_prefill(const PagedPrefillArgs& args) {
 
 PagedProblem check_quant_decode(const QuantDecodeArgs& args, QuantPools& pools) {
   const ArgChecker check("quant_decode", args.q.device);
-  return check_quant_attention(check, args, "B", args.q.ndim > 0 ? args.q.shape[0] : 0, pools);
+  PagedProblem problem = check_record_attention(check, args, "B", args.q.ndim > 0 ? args.q.shape[0] : 0, pools);
+  pools.format = args.format;
+  problem.quant = &pools;
+  return problem;
 }
 
 PagedProblem check_quant_prefill(const QuantPrefillArgs& args, QuantPools& pools) {
   const ArgChecker check("quant_prefill", args.q.device);
   const int64_t num_requests = check_requests(check, args.qo_indptr);
-  PagedProblem problem = check_quant_attention(check,
-                                               {args.q, args.k_pool, args.v_pool, args.k_pages, args.v_pages,
-                                                args.table, args.score, args.format, args.out, args.lse},
-                                               "T", num_requests, pools);
+  PagedProblem problem = check_record_attention(check, args, "T", num_requests, pools);
+  pools.format = args.format;
+  problem.quant = &pools;
   check_prefill(check, args.qo_indptr, args.causal, problem);
   check_mask(check, args.mask_bits, args.mask_width, problem);
   return problem;

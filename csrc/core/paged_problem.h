@@ -20,27 +20,31 @@ struct PageReference {
       : page(reference & 0x0fffffff), tag(static_cast<int32_t>(reference >> 28)) {}
 };
 
-// The records of quantized attention. Page references then carry a tag; dense pages lie in the problem's k and v.
-struct QuantPools {
-  QuantFormat format;
+// Pools of records. Page references then carry a tag; dense pages lie in the problem's k and v.
+struct RecordPools {
   const uint8_t* k;
   const uint8_t* v;
   int64_t k_page_stride, k_head_stride, v_page_stride, v_head_stride;  // bytes
   int64_t num_pages;  // records come first in key_bias, then dense pages
 };
 
+struct QuantPools : RecordPools {
+  QuantFormat format;
+};
+
 // The kernels get their element type as a template argument, the host code as a value.
 struct PagedProblem : device::PagedProblem {
   DType dtype;
-  const QuantPools* quant = nullptr;  // null: all pages are dense
-  int64_t num_pages = 0;              // of the pool; with records, theirs
-  int64_t mask_words = -1;            // of a row of mask_bits; -1: no mask
+  const RecordPools* records = nullptr;  // null: all pages are dense; else one of these, by the format
+  const QuantPools* quant = nullptr;
+  int64_t num_pages = 0;    // of the pool; with records, theirs
+  int64_t mask_words = -1;  // of a row of mask_bits; -1: no mask
 
   // The row of key_bias that a page reference means.
   int64_t bias_row(int64_t reference) const {
-    if (quant == nullptr) return reference;
+    if (records == nullptr) return reference;
     const PageReference page(reference);
-    return page.page + (page.tag == 0 ? 0 : quant->num_pages);
+    return page.page + (page.tag == 0 ? 0 : records->num_pages);
   }
 };
 

@@ -26,7 +26,7 @@ template <class F>
 auto with_attention(const PagedProblem& problem, F&& f) {
   return with_dtype(problem.dtype, [&](auto element) {
     using T = decltype(element);
-    if (problem.quant != nullptr) return f(std::type_identity<Attention<T, MixedPages<T>>>());
+    if (problem.quant != nullptr) return f(std::type_identity<Attention<T, QuantPages<T>>>());
     return f(std::type_identity<Attention<T, DensePages<T>>>());
   });
 }

@@ -41,7 +41,7 @@ class Planner {
   int32_t heads_per_tile(int32_t heads, int64_t tile_tokens, int64_t split_len) const {
     const bool heads_side_by_side = p_.k.head_stride <= p_.k.token_stride && p_.v.head_stride <= p_.v.token_stride;
     // A record holds one head.
-    if (p_.list.per_head() || !heads_side_by_side || p_.quant != nullptr) return 1;
+    if (p_.list.per_head() || !heads_side_by_side || p_.records != nullptr) return 1;
     int64_t items = 0;
     for (int32_t b = 0; b < p_.num_requests; ++b) {
       const int64_t keys = p_.list.len(b, 0);

@@ -2,26 +2,15 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
 
 #include "cpu/backend.h"
 #include "cpu/levels.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
 
 namespace kvk::cpu {
 namespace {
-
-constexpr std::align_val_t kAlignment{64};
-
-struct AlignedDelete {
-  void operator()(char* p) const { ::operator delete(p, kAlignment); }
-};
-using Buffer = std::unique_ptr<char, AlignedDelete>;
-
-Buffer allocate(int64_t bytes) {
-  return Buffer(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kAlignment)));
-}
 
 // Below this many bytes of keys and values a call is quicker on the calling thread alone.
 constexpr int64_t kSerialBytes = 64 * 1024;

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cpu/engine/dense.h"
-#include "cpu/engine/gemm.h"
+#include "cpu/engine/panel.h"
 #include "cpu/engine/schedule.h"
 #include "cpu/engine/score.h"
 #include "cpu/engine/softmax.h"
@@ -30,20 +30,15 @@ struct Scratch {
     ldq = padded(p.head_dim);
     ldo = padded(p.head_dim_v);
     rows = num_rows;
-    int64_t used = 0;
-    const auto take = [&](auto*& part, int64_t count) {
-      using Part = std::remove_reference_t<decltype(*part)>;
-      if (base != nullptr) part = reinterpret_cast<Part*>(base + used);
-      used += (count * int64_t{sizeof(Part)} + 63) / 64 * 64;
-    };
-    take(q, int64_t{rows} * ldq);
-    take(out, int64_t{rows} * ldo);
-    take(s, int64_t{score_rows} * kBlockKeys);
-    take(scale, rows);
-    take(state, rows);
-    take(k_panels, panels ? int64_t{kBlockKeys} * ldq : 0);
-    take(v_panels, panels ? int64_t{kValuePanel} * (ldo / kPanelWidth) : 0);
-    return used;
+    Carver parts(base);
+    parts.take(q, int64_t{rows} * ldq);
+    parts.take(out, int64_t{rows} * ldo);
+    parts.take(s, int64_t{score_rows} * kBlockKeys);
+    parts.take(scale, rows);
+    parts.take(state, rows);
+    parts.take(k_panels, panels ? int64_t{kBlockKeys} * ldq : 0);
+    parts.take(v_panels, panels ? int64_t{kValuePanel} * (ldo / kPanelWidth) : 0);
+    return parts.used();
   }
 };
 
@@ -116,9 +111,7 @@ class Attention {
           const T* q = static_cast<const T*>(p_.q.data) + (tile_.token + t) * p_.q.token_stride +
                        (int64_t{h} * p_.group + g) * p_.q.head_stride;
           float* to = scratch_.q + r * scratch_.ldq;
-          int d = 0;
-          for (; d + W <= p_.head_dim; d += W) store(load(q + d), to + d);
-          if (d < p_.head_dim) store(load_half(q + d), to + d);
+          unpack_row(q, p_.head_dim, to);
           format_.prepare_query(to, tile_.stream);
         }
       }
@@ -170,7 +163,9 @@ class Attention {
         const int head = tile_.head_begin + h, row = h * rows_per_head_;
         const float* s = scratch_.s + row * kBlockKeys;
         if (hidden && !format_.finite_v(rows[i], head)) {
-          accumulate_seen(rows[i], head, row, s);
+          accumulate_seen([&](int j, int d) { return format_.v_element(rows[i], head, j, d); }, rows[i].count, s,
+                          scratch_.scale + row, rows_per_head_, p_.head_dim_v, scratch_.out + row * scratch_.ldo,
+                          scratch_.ldo);
         } else {
           format_.accumulate(rows[i], head, s, scratch_.scale + row, rows_per_head_, scratch_.out + row * scratch_.ldo,
                              scratch_.ldo, ahead_k);
@@ -192,31 +187,20 @@ class Attention {
 
   // One block of head `h` of the tile.
   void panel(const KeyBlock& block, const typename Format::Rows& rows, int h) {
-    const int head = tile_.head_begin + h, row = h * padded_rows_;
-    format_.pack_k(rows, head, scratch_.k_panels);
-    multiply_scores(scratch_.q + row * scratch_.ldq, scratch_.ldq, padded_rows_, scratch_.k_panels,
-                    (block.count + kPanelWidth - 1) / kPanelWidth, p_.head_dim, scratch_.s, kBlockKeys);
-    const bool hidden = weigh(block, h, 1, row, scratch_.s);
-    if (hidden && !format_.finite_v(rows, head)) return accumulate_seen(rows, head, row, scratch_.s);
-    format_.pack_v(rows, head, scratch_.v_panels);
-    multiply_values(scratch_.s, padded_rows_, scratch_.v_panels, (p_.head_dim_v + kPanelWidth - 1) / kPanelWidth,
-                    block.count, scratch_.out + row * scratch_.ldo, scratch_.ldo, scratch_.scale + row);
-  }
-
-  // The rare block in which V holds NaN or infinities and some row does not see some key: 0 * NaN must not enter a row that
-  // does not read that key.
-  void accumulate_seen(const typename Format::Rows& rows, int head, int first_row, const float* s) {
-    for (int r = 0; r < rows_per_head_; ++r) {
-      float* out = scratch_.out + (first_row + r) * scratch_.ldo;
-      const float* weights = s + r * kBlockKeys;
-      for (int d = 0; d < p_.head_dim_v; ++d) {
-        float acc = out[d] * scratch_.scale[first_row + r];
-        for (int j = 0; j < rows.count; ++j) {
-          if (!std::signbit(weights[j])) acc += weights[j] * format_.v_element(rows, head, j, d);
-        }
-        out[d] = acc;
-      }
-    }
+    const int row = h * padded_rows_;
+    const PanelRows to = {scratch_.q + row * scratch_.ldq,
+                          scratch_.s,
+                          scratch_.out + row * scratch_.ldo,
+                          scratch_.scale + row,
+                          scratch_.ldq,
+                          scratch_.ldo,
+                          rows_per_head_,
+                          padded_rows_,
+                          p_.head_dim,
+                          p_.head_dim_v,
+                          scratch_.k_panels,
+                          scratch_.v_panels};
+    attend_panel(format_, rows, tile_.head_begin + h, to, [&](float* s) { return weigh(block, h, 1, row, s); });
   }
 
   const PagedProblem& p_;

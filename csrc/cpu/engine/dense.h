@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "core/paged_problem.h"
-#include "cpu/engine/gemm.h"
+#include "cpu/engine/rows.h"
 #include "cpu/engine/schedule.h"
 #include "cpu/simd.h"
 
@@ -141,19 +141,15 @@ inline void accumulate_tile(const float* p, int ldp, const float* scale, const T
 }
 
 template <class T>
-class DensePages {
+class DensePages : public RowFormat<T> {
  public:
-  // Where the keys of one block lie, at head 0.
-  struct Rows {
-    const T* k[kBlockKeys];
-    const T* v[kBlockKeys];
-    int count = 0;
-  };
+  using Rows = typename RowFormat<T>::Rows;
 
   // A format may keep rows in another basis: it then changes queries on their way in and outputs on their way out.
   static void finish_output(const PagedProblem&, float*) {}
 
-  explicit DensePages(const PagedProblem& p) : k_(p.k), v_(p.v), head_dim_(p.head_dim), head_dim_v_(p.head_dim_v) {}
+  explicit DensePages(const PagedProblem& p)
+      : RowFormat<T>(p.k.head_stride, p.v.head_stride, p.head_dim, p.head_dim_v), k_(p.k), v_(p.v) {}
 
   void locate(const KeyBlock& block, Rows& rows) const {
     rows.count = block.count;
@@ -221,51 +217,6 @@ class DensePages {
     }
   }
 
-  bool finite_v(const Rows& rows, int head) const {
-    V nan = 0.0f;  // x * 0 is NaN for infinities and NaN, else 0
-    for (int j = 0; j < rows.count; ++j) {
-      const T* v = rows.v[j] + head * v_.head_stride;
-      int d = 0;
-      for (; d + W <= head_dim_v_; d += W) nan += load(v + d) * 0.0f;
-      if (d < head_dim_v_) nan += load_half(v + d) * 0.0f;
-    }
-    return stdx::all_of(nan == 0.0f);
-  }
-
-  float v_element(const Rows& rows, int head, int key, int d) const {
-    return to_float(rows.v[key][head * v_.head_stride + d]);
-  }
-
-  // panel[key / kPanelWidth][d][key % kPanelWidth] = k; columns past the last key repeat it.
-  void pack_k(const Rows& rows, int head, float* panels) const {
-    const int64_t stride = int64_t{head_dim_} * kPanelWidth;
-    for (int j = 0; j < rows.count; j += 8) {
-      const T* keys[8];
-      for (int e = 0; e < 8; ++e) keys[e] = rows.k[std::min(j + e, rows.count - 1)] + head * k_.head_stride;
-      float* panel = panels + j / kPanelWidth * stride + j % kPanelWidth;
-      for (int d = 0; d < head_dim_; d += 8) {
-        transpose_8x8(keys, panel + d * kPanelWidth, kPanelWidth);
-        for (const T*& key : keys) key += 8;
-      }
-    }
-  }
-
-  // panel[column / kPanelWidth][key][column % kPanelWidth] = v; columns past the head dim are 0.
-  void pack_v(const Rows& rows, int head, float* panels) const {
-    // Key by key: walking one column of all keys would meet the same cache set at each of them.
-    for (int j = 0; j < rows.count; ++j) {
-      const T* v = rows.v[j] + head * v_.head_stride;
-      float* to = panels + j * kPanelWidth;
-      int c = 0;
-      for (; c + W <= head_dim_v_; c += W) store(load(v + c), to + v_offset(c));
-      if (c < head_dim_v_) {
-        store(load_half(v + c), to + v_offset(c));
-        c += W;
-      }
-      if (c % kPanelWidth != 0) store(V(0.0f), to + v_offset(c));
-    }
-  }
-
  private:
   static constexpr int kKeyStep = 8;
 
@@ -279,8 +230,6 @@ class DensePages {
   static constexpr int kVecs = kManyRegisters ? 4
                                : R == 1       ? 4
                                               : 2;
-
-  static int64_t v_offset(int column) { return int64_t{column / kPanelWidth} * kValuePanel + column % kPanelWidth; }
 
   static const T* base(const PoolView& pool, const Run& run) {
     return static_cast<const T*>(pool.data) + run.page * pool.page_stride + run.offset * pool.token_stride;
@@ -328,8 +277,9 @@ class DensePages {
     return Prefetcher::spread(scratch, count, span, steps);
   }
 
+  using RowFormat<T>::head_dim_;
+  using RowFormat<T>::head_dim_v_;
   PoolView k_, v_;
-  int head_dim_, head_dim_v_;
 };
 
 }  // namespace kvk::cpu::KVK_LEVEL

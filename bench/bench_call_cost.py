@@ -1,10 +1,13 @@
 """What one call costs before any work is done: the op with given outputs, on an input of one key or one row.
 
-Beside it, in the same rounds: torch.neg into a given tensor (a trivial ATen op from Python), the same through
+That is with KVK_LOG and KVK_DUMP unset. Beside it, in the same rounds: the same call logged into nothing
+(switching on and off included), torch.neg into a given tensor (a trivial ATen op from Python), the same through
 torch.ops (what an op call from Python costs at the least), and kvk's typed Python function, which allocates.
 """
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -46,6 +49,28 @@ class OpOut:
         return Prepared(run_decode, lambda result: result)
 
 
+class Logged(OpOut):
+    """The same with KVK_LOG=1, its lines thrown away."""
+
+    name = "kvk op, KVK_LOG=1"
+
+    def build(self, data: AttentionData | MergeData) -> Prepared:
+        """Stderr goes nowhere for the time of a call."""
+        import kvk
+
+        plain = super().build(data)
+        nowhere, stderr = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            os.dup2(nowhere, 2)
+            with kvk.recording(log=1):
+                result = plain.run()
+            os.dup2(stderr, 2)
+            return result
+
+        return Prepared(run, plain.result)
+
+
 class PythonFunction(Kvk):
     """kvk.<op>, outputs allocated by the op."""
 
@@ -79,4 +104,4 @@ class Neg:
     ids=lambda case: f"{case.op}-{case.name}",
 )
 def bench_call_cost(case: CallCase, measure: Measure) -> None:
-    measure(case, [OpOut(), Neg(through_ops=False), Neg(through_ops=True), PythonFunction()])
+    measure(case, [OpOut(), Logged(), Neg(through_ops=False), Neg(through_ops=True), PythonFunction()])

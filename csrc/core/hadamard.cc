@@ -4,11 +4,13 @@
 #include <cmath>
 
 #include "core/backend.h"
+#include "core/describe.h"
 #include "cpu/backend.h"
 
 namespace kvk {
 
 void hadamard(const HadamardArgs& args, const Context& context) {
+  const record::Scope recorded("hadamard", context, [&] { return record::fields_of(args); });
   const ArgChecker check("hadamard", args.x.device);
   const Tensor& x = args.x;
   check.float_dtype(x, "x");

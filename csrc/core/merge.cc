@@ -1,5 +1,6 @@
 // Checks of merge_states and its gradient, and their way to a backend.
 #include "core/backend.h"
+#include "core/describe.h"
 #include "cpu/backend.h"
 #include "cuda/backend.h"
 #include "kvk/paged.h"
@@ -18,6 +19,7 @@ void check_parts(const ArgChecker& check, const Tensor& parts, const char* parts
 }  // namespace
 
 void merge_states(const MergeStatesArgs& args, const Context& context) {
+  const record::Scope recorded("merge_states", context, [&] { return record::fields_of(args); });
   const ArgChecker check("merge_states", args.parts.device);
   check_parts(check, args.parts, "out", args.parts_lse, "lse");
   const int64_t T = args.parts.shape[1], H = args.parts.shape[2], D = args.parts.shape[3];
@@ -32,6 +34,7 @@ void merge_states(const MergeStatesArgs& args, const Context& context) {
 }
 
 void merge_states_backward(const MergeStatesBackwardArgs& args, const Context& context) {
+  const record::Scope recorded("merge_states_backward", context, [&] { return record::fields_of(args); });
   const ArgChecker check("merge_states_backward", args.parts.device);
   check_parts(check, args.parts, "out", args.parts_lse, "lse");
   const int64_t n = args.parts.shape[0], T = args.parts.shape[1], H = args.parts.shape[2], D = args.parts.shape[3];

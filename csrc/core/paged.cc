@@ -2,6 +2,7 @@
 #include "kvk/paged.h"
 
 #include "core/backend.h"
+#include "core/describe.h"
 #include "core/paged_check.h"
 #include "cpu/backend.h"
 #include "cuda/backend.h"
@@ -19,14 +20,17 @@ void run_attention(const char* op, const PagedProblem& problem, const Tensor& q,
 }  // namespace
 
 void paged_decode(const PagedDecodeArgs& args, const Context& context) {
+  const record::Scope recorded("paged_decode", context, [&] { return record::fields_of(args); });
   run_attention("paged_decode", check_paged_decode(args), args.q, args.table.page_indices, context);
 }
 
 void paged_prefill(const PagedPrefillArgs& args, const Context& context) {
+  const record::Scope recorded("paged_prefill", context, [&] { return record::fields_of(args); });
   run_attention("paged_prefill", check_paged_prefill(args), args.q, args.table.page_indices, context);
 }
 
 void append_kv(const AppendKvArgs& args, const Context& context) {
+  const record::Scope recorded("append_kv", context, [&] { return record::fields_of(args); });
   check_append_kv(args);
   by_device(
       "append_kv", args.k, "k", [&] { cpu::append_kv(args, threads_of(context)); },

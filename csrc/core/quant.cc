@@ -1,5 +1,6 @@
 // Checks of the ops that make and read quantized records, and their way to a backend.
 #include "core/backend.h"
+#include "core/describe.h"
 #include "core/paged_check.h"
 #include "core/quant_check.h"
 #include "cpu/backend.h"
@@ -54,6 +55,7 @@ void check_rows(const ArgChecker& check, const Tensor& x, const char* x_name, co
 }  // namespace
 
 void quantize_pages(const QuantizePagesArgs& args, const Context& context) {
+  const record::Scope recorded("quantize_pages", context, [&] { return record::fields_of(args); });
   const ArgChecker check("quantize_pages", args.k_pages.device);
   const QuantFormat& format = args.format;
   check.float_dtype(args.k_pages, "k_pages");
@@ -79,6 +81,7 @@ void quantize_pages(const QuantizePagesArgs& args, const Context& context) {
 }
 
 void dequantize_pages(const DequantizePagesArgs& args, const Context& context) {
+  const record::Scope recorded("dequantize_pages", context, [&] { return record::fields_of(args); });
   const ArgChecker check("dequantize_pages", args.k_pool.device);
   const QuantFormat& format = args.format;
   check_record_pool(check, args.k_pool, "k_pool", -1, -1, format.k_layout().record_bytes);
@@ -101,6 +104,7 @@ void dequantize_pages(const DequantizePagesArgs& args, const Context& context) {
 }
 
 void quant_decode(const QuantDecodeArgs& args, const Context& context) {
+  const record::Scope recorded("quant_decode", context, [&] { return record::fields_of(args); });
   QuantPools pools = {};
   const PagedProblem problem = check_quant_decode(args, pools);
   on_cpu_only(ArgChecker("quant_decode", args.q.device), args.q, "q", args.q.device);
@@ -108,6 +112,7 @@ void quant_decode(const QuantDecodeArgs& args, const Context& context) {
 }
 
 void quant_prefill(const QuantPrefillArgs& args, const Context& context) {
+  const record::Scope recorded("quant_prefill", context, [&] { return record::fields_of(args); });
   QuantPools pools = {};
   const PagedProblem problem = check_quant_prefill(args, pools);
   on_cpu_only(ArgChecker("quant_prefill", args.q.device), args.q, "q", args.q.device);
@@ -115,6 +120,7 @@ void quant_prefill(const QuantPrefillArgs& args, const Context& context) {
 }
 
 void quantize(const QuantizeArgs& args, const Context& context) {
+  const record::Scope recorded("quantize", context, [&] { return record::fields_of(args); });
   const ArgChecker check("quantize", args.x.device);
   check_rows(check, args.x, "x", args.part, args.codes, args.scale, args.min);
   check_clip(check, args.clip, "clip");
@@ -123,6 +129,7 @@ void quantize(const QuantizeArgs& args, const Context& context) {
 }
 
 void dequantize(const DequantizeArgs& args, const Context& context) {
+  const record::Scope recorded("dequantize", context, [&] { return record::fields_of(args); });
   const ArgChecker check("dequantize", args.codes.device);
   check_rows(check, args.x, "x", args.part, args.codes, args.scale, args.min);
   check.writable(args.x, "x");

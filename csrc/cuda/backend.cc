@@ -55,4 +55,10 @@ void merge_states_backward(const MergeStatesBackwardArgs& args, const Context& c
   launch_merge_states_backward(args, launcher);
 }
 
+void read_memory(Device device, void* stream, void* host, const void* from, size_t bytes) {
+  DriverLauncher launcher(device.index, stream);
+  if (launcher.capturing()) throw Error("nothing is read from a card while a CUDA graph is being captured");
+  launcher.read(host, from, bytes);
+}
+
 }  // namespace kvk::cuda

@@ -1,6 +1,8 @@
 // The CUDA backend: checked calls in, kernels queued on the context's stream.
 #pragma once
 
+#include <cstddef>
+
 #include "core/paged_problem.h"
 #include "kvk/context.h"
 #include "kvk/paged.h"
@@ -13,5 +15,8 @@ void paged_attention(const char* op, const PagedProblem& problem, int64_t list_e
 void append_kv(const AppendKvArgs& args, const Context& context);
 void merge_states(const MergeStatesArgs& args, const Context& context);
 void merge_states_backward(const MergeStatesBackwardArgs& args, const Context& context);
+
+// Waits for the stream and copies from the card: what recording does (csrc/core/dump.h).
+void read_memory(Device device, void* stream, void* host, const void* from, size_t bytes);
 
 }  // namespace kvk::cuda

@@ -264,7 +264,7 @@ void DriverLauncher::launch(const Kernel& kernel, Dim3 grid, Dim3 block, size_t 
   void* arguments[] = {const_cast<void*>(params)};
   d.cuLaunchKernel(subject, function.handle, grid.x, grid.y, grid.z, block.x, block.y, block.z,
                    static_cast<unsigned>(shared_bytes), stream_, arguments, nullptr);
-  if (check_mode() && !capturing(stream_, subject)) d.cuStreamSynchronize(subject, stream_);
+  if (check_mode() && !kvk::cuda::capturing(stream_, subject)) d.cuStreamSynchronize(subject, stream_);
   context.pop();
 }
 
@@ -272,7 +272,7 @@ void DriverLauncher::read(void* host, const void* device, size_t bytes) {
   const Driver& d = driver();
   const Subject subject{device_.index};
   CurrentContext context(device_, subject);
-  if (capturing(stream_, subject)) {
+  if (kvk::cuda::capturing(stream_, subject)) {
     throw Error(
         "kvk: KVK_CHECK=1 reads back from the card what it has found, which cannot be while a CUDA graph is being "
         "captured: run the op without the capture, or unset KVK_CHECK");
@@ -280,6 +280,14 @@ void DriverLauncher::read(void* host, const void* device, size_t bytes) {
   d.cuMemcpyDtoHAsync_v2(subject, host, reinterpret_cast<CUdeviceptr>(device), bytes, stream_);
   d.cuStreamSynchronize(subject, stream_);
   context.pop();
+}
+
+bool DriverLauncher::capturing() const {
+  const Subject subject{device_.index};
+  CurrentContext context(device_, subject);
+  const bool is = kvk::cuda::capturing(stream_, subject);
+  context.pop();
+  return is;
 }
 
 void DriverLauncher::load(const Kernel& kernel) {

@@ -29,6 +29,9 @@ class DriverLauncher final : public Launcher {
   // Refused while the stream is being captured into a CUDA graph.
   void read(void* host, const void* device, size_t bytes) override;
 
+  // Whether the stream is being captured into a CUDA graph.
+  bool capturing() const;
+
   // What the first launch does, without launching.
   void load(const Kernel& kernel);
 

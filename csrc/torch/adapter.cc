@@ -5,7 +5,6 @@
 #include "core/check.h"
 
 namespace kvk::torch_face {
-namespace {
 
 DType dtype_of(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
@@ -23,6 +22,8 @@ DType dtype_of(torch::headeronly::ScalarType type) {
     default: return DType::other;
   }
 }
+
+namespace {
 
 class TorchThreads final : public Threads {
  public:

@@ -11,15 +11,7 @@
 
 #include "kvk/context.h"
 #include "kvk/types.h"
-
-// The torch macros stringify their argument, so a namespace that is itself a macro needs one expansion first. Another
-// KVK_NAMESPACE lets a second build live in one process.
-#ifndef KVK_NAMESPACE
-#define KVK_NAMESPACE kvk
-#endif
-#define KVK_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
-#define KVK_LIBRARY_FRAGMENT(ns, m) STABLE_TORCH_LIBRARY_FRAGMENT(ns, m)
-#define KVK_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+#include "torch/recorded.h"
 
 namespace kvk::torch_face {
 
@@ -29,6 +21,7 @@ using TorchTensor = torch::stable::Tensor;
 Device device_of(const TorchTensor& t);
 void* current_stream(const Device& device);
 
+DType dtype_of(torch::headeronly::ScalarType type);
 Tensor view(const TorchTensor& t);
 std::optional<Tensor> view(const std::optional<TorchTensor>& t);
 

@@ -1,9 +1,9 @@
 // torch.ops.kvk._*: what Python asks of the CUDA runtime (kvk/cuda.py): what was found, compiling ahead, loading ahead.
-#include <cstdio>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "core/json.h"
 #include "cuda/compiler.h"
 #include "cuda/driver.h"
 #include "cuda/driver_launcher.h"
@@ -16,40 +16,23 @@
 namespace kvk::torch_face {
 namespace {
 
-std::string quoted(const std::string& text) {
-  std::string json = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      json += '\\';
-      json += c;
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      char escape[8];
-      std::snprintf(escape, sizeof escape, "\\u%04x", static_cast<unsigned>(c));
-      json += escape;
-    } else {
-      json += c;
-    }
-  }
-  return json + "\"";
-}
-
 std::string driver_json() {
   std::ostringstream json;
   try {
     const cuda::Driver& driver = cuda::driver();
-    json << "{\"cuda\": " << quoted(cuda::version_text(driver.version)) << ", \"devices\": [";
+    json << "{\"cuda\": " << json_quoted(cuda::version_text(driver.version)) << ", \"devices\": [";
     const char* separator = "";
     for (const cuda::DeviceDescription& device : cuda::list_devices()) {
       const int arch = device.properties.arch;
-      json << separator << "{\"name\": " << quoted(device.name) << ", \"capability\": \"" << arch / 10 << '.'
-           << arch % 10 << "\", \"arch\": " << (arch >= 80 ? quoted(cuda::arch_name(arch)) : "null")
+      json << separator << "{\"name\": " << json_quoted(device.name) << ", \"capability\": \"" << arch / 10 << '.'
+           << arch % 10 << "\", \"arch\": " << (arch >= 80 ? json_quoted(cuda::arch_name(arch)) : "null")
            << ", \"num_sms\": " << device.properties.num_sms
            << ", \"max_shared_per_block\": " << device.properties.max_shared_per_block << "}";
       separator = ", ";
     }
     json << "]}";
   } catch (const Error& error) {
-    return "{\"error\": " + quoted(error.what()) + "}";
+    return "{\"error\": " + json_quoted(error.what()) + "}";
   }
   return json.str();
 }
@@ -57,9 +40,9 @@ std::string driver_json() {
 std::string nvrtc_json() {
   try {
     const cuda::Nvrtc& nvrtc = cuda::nvrtc();
-    return "{\"version\": " + quoted(nvrtc.version()) + ", \"path\": " + quoted(nvrtc.path) + "}";
+    return "{\"version\": " + json_quoted(nvrtc.version()) + ", \"path\": " + json_quoted(nvrtc.path) + "}";
   } catch (const Error& error) {
-    return "{\"error\": " + quoted(error.what()) + "}";
+    return "{\"error\": " + json_quoted(error.what()) + "}";
   }
 }
 
@@ -67,8 +50,8 @@ std::string nvrtc_json() {
 std::string runtime_info() {
   return "{\"driver\": " + driver_json() + ", \"nvrtc\": " + nvrtc_json() +
          ", \"torch_cuda\": " + (find_current_cuda_stream() != nullptr ? "true" : "false") +
-         ", \"cache\": " + quoted(cuda::cache_folder()) +
-         ", \"device_sources\": " + quoted(cuda::device_sources()->digest) + "}";
+         ", \"cache\": " + json_quoted(cuda::cache_folder()) +
+         ", \"device_sources\": " + json_quoted(cuda::device_sources()->digest) + "}";
 }
 
 void set_nvrtc_candidates(std::vector<std::string> paths) { cuda::set_nvrtc_candidates(std::move(paths)); }
@@ -83,12 +66,13 @@ std::string compile_kernel(std::string header, std::string expression, std::stri
       folder.empty() ? cuda::get_cubin(kernel, arch) : cuda::ship_cubin(kernel, arch, folder);
   const cuda::Resources used = cuda::resources(compiled.cubin->log);
   std::ostringstream json;
-  json << "{\"origin\": " << quoted(cuda::origin_name(compiled.origin)) << ", \"key\": " << quoted(compiled.key)
-       << ", \"seconds\": " << compiled.seconds << ", \"cubin_bytes\": " << compiled.cubin->image.size()
-       << ", \"lowered_name\": " << quoted(compiled.cubin->lowered_name) << ", \"registers\": " << used.registers
+  json << "{\"origin\": " << json_quoted(cuda::origin_name(compiled.origin))
+       << ", \"key\": " << json_quoted(compiled.key) << ", \"seconds\": " << compiled.seconds
+       << ", \"cubin_bytes\": " << compiled.cubin->image.size()
+       << ", \"lowered_name\": " << json_quoted(compiled.cubin->lowered_name) << ", \"registers\": " << used.registers
        << ", \"stack_bytes\": " << used.stack_bytes << ", \"spill_store_bytes\": " << used.spill_store_bytes
        << ", \"spill_load_bytes\": " << used.spill_load_bytes << ", \"shared_bytes\": " << used.shared_bytes
-       << ", \"log\": " << quoted(compiled.cubin->log) << "}";
+       << ", \"log\": " << json_quoted(compiled.cubin->log) << "}";
   return json.str();
 }
 
@@ -96,8 +80,8 @@ std::string default_kernels() {
   std::ostringstream json;
   const char* separator = "[";
   for (const cuda::Kernel& kernel : cuda::default_kernels()) {
-    json << separator << "{\"header\": " << quoted(kernel.header) << ", \"expression\": " << quoted(kernel.expression)
-         << "}";
+    json << separator << "{\"header\": " << json_quoted(kernel.header)
+         << ", \"expression\": " << json_quoted(kernel.expression) << "}";
     separator = ", ";
   }
   return json.str() + "]";

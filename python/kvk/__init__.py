@@ -18,6 +18,7 @@ from kvk.ops.hadamard import hadamard  # noqa: E402
 from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  # noqa: E402
 from kvk.ops.quant import dequantize, dequantize_pages, quantize, quantize_pages  # noqa: E402
 from kvk.ops.quant_attention import quant_decode, quant_prefill  # noqa: E402
+from kvk.record import recording  # noqa: E402
 
 cuda.provide_nvrtc()
 cuda.provide_cubins()
@@ -39,4 +40,5 @@ __all__ = [
     "quant_prefill",
     "quantize",
     "quantize_pages",
+    "recording",
 ]

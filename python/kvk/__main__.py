@@ -1,4 +1,4 @@
-"""`python -m kvk info | demo | bench | precompile`."""
+"""`python -m kvk info | demo | bench | precompile | replay`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ usage: python -m kvk COMMAND [options]
   demo        runs a real model through the paged cache and compares it with plain torch
   bench       times the kernels against their peers and the ceilings of this machine
   precompile  compiles the CUDA kernels ahead, for --arch sm_90a and others; needs no card
+  replay      runs calls saved with KVK_DUMP again and compares them with the reference
 
 python -m kvk COMMAND --help tells a command's options."""
 
@@ -36,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from kvk import cuda
 
         return cuda.main(rest)
+    if command == "replay":
+        from kvk import replay
+
+        return replay.main(rest)
     if command in ("-h", "--help"):
         print(USAGE)
         return 0

@@ -80,6 +80,14 @@ KVK_CASE(append_checked) {
 
   cuda.set("capture", 1);
   check_has(append_error(&memory), "kvk: KVK_CHECK=1 reads back", "captured");
+  // What recording reads (csrc/core/dump.h): nothing during a capture, a copy and a wait else.
+  char byte = 0;
+  const auto read = [&] { read_memory({DeviceType::cuda, 0}, nullptr, &byte, &byte, 1); };
+  check_has(error_of(read), "nothing is read from a card while a CUDA graph is being captured", "captured");
+  cuda.set("capture", 0);
+  cuda.calls();
+  check_equal(error_of(read), "no error", "read");
+  check_has(cuda.calls(), "cuMemcpyDtoHAsync_v2", "read");
   check_equal(cuda.context_depth(), 0, "context");
 }
 

@@ -210,9 +210,14 @@ void merge_states_backward(const MergeStatesBackwardArgs& args, const Context&) 
   launch_merge_states_backward(args, launcher);
 }
 
+void read_memory(Device, void*, void* host, const void* from, size_t bytes) { std::memcpy(host, from, bytes); }
+
 }  // namespace cuda
 
 // ---------------------------------------------------------------------------------------------- csrc/cpu
+const char* cpu_level() { return "emulator"; }
+const char* version() { return "emulator"; }
+
 namespace cpu {
 
 [[noreturn]] void unexpected() {

@@ -1,0 +1,174 @@
+#include "core/describe.h"
+
+#include "core/check.h"
+
+namespace kvk::record {
+namespace {
+
+Field maybe(const char* name, const std::optional<Tensor>& t) {
+  if (t) return {name, *t};
+  return {name, std::monostate{}};
+}
+
+Field number(const char* name, double value, double otherwise) {
+  return {name, value, Role::input, value == otherwise};
+}
+
+void add_table(Fields& fields, const PageTable& table) {
+  fields.push_back({"page_indices", table.page_indices});
+  fields.push_back({"kv_lens", table.kv_lens});
+  fields.push_back(maybe("page_indptr", table.page_indptr));
+}
+
+void add_score(Fields& fields, const ScoreOptions& score) {
+  if (score.softmax_scale) fields.push_back({"softmax_scale", *score.softmax_scale});
+  fields.push_back({"window_left", score.window_left, Role::input, score.window_left == -1});
+  fields.push_back(number("logits_soft_cap", score.logits_soft_cap, 0.0));
+  fields.push_back(maybe("alibi_slopes", score.alibi_slopes));
+  fields.push_back(maybe("sinks", score.sinks));
+  fields.push_back(maybe("key_bias", score.key_bias));
+}
+
+void add_prefill(Fields& fields, bool causal, const std::optional<Tensor>& mask_bits, int64_t mask_width) {
+  fields.push_back({"causal", causal, Role::input, causal});
+  fields.push_back(maybe("mask_bits", mask_bits));
+  fields.push_back({"mask_width", mask_width, Role::input, mask_width == -1});
+}
+
+void add_results(Fields& fields, const Tensor& out, const Tensor& lse) {
+  fields.push_back({"out", out, Role::output});
+  fields.push_back({"lse", lse, Role::output});
+}
+
+std::vector<int64_t> numbers(const QuantFormat& format) {
+  std::vector<int64_t> list = {format.page_size, format.head_dim, format.head_dim_v};
+  for (const QuantPart& part : {format.k, format.v}) {
+    list.insert(list.end(), {part.bits, part.group, part.along_tokens ? 0 : 1, part.rotate});
+  }
+  return list;
+}
+
+void add_part(Fields& fields, const QuantPart& part) {
+  fields.push_back({"bits", int64_t{part.bits}});
+  fields.push_back({"group", int64_t{part.group}});
+  fields.push_back({"axis", int64_t{part.along_tokens ? -2 : -1}});
+}
+
+template <class Args>
+void add_pools(Fields& fields, const Args& args) {
+  fields.push_back({"k_pool", args.k_pool});
+  fields.push_back({"v_pool", args.v_pool});
+  add_table(fields, args.table);
+  fields.push_back({"fmt", numbers(args.format)});
+  fields.push_back(maybe("k_pages", args.k_pages));
+  fields.push_back(maybe("v_pages", args.v_pages));
+  add_score(fields, args.score);
+}
+
+}  // namespace
+
+Fields fields_of(const PagedDecodeArgs& args) {
+  Fields fields = {{"q", args.q}, {"k_pages", args.k_pages}, {"v_pages", args.v_pages}};
+  add_table(fields, args.table);
+  add_score(fields, args.score);
+  add_results(fields, args.out, args.lse);
+  return fields;
+}
+
+Fields fields_of(const PagedPrefillArgs& args) {
+  Fields fields = {{"q", args.q}, {"qo_indptr", args.qo_indptr}, {"k_pages", args.k_pages}, {"v_pages", args.v_pages}};
+  add_table(fields, args.table);
+  add_score(fields, args.score);
+  add_prefill(fields, args.causal, args.mask_bits, args.mask_width);
+  add_results(fields, args.out, args.lse);
+  return fields;
+}
+
+Fields fields_of(const AppendKvArgs& args) {
+  return {{"k", args.k},
+          {"v", args.v},
+          {"k_pages", args.k_pages, Role::in_out},
+          {"v_pages", args.v_pages, Role::in_out},
+          {"slot_mapping", args.slot_mapping}};
+}
+
+Fields fields_of(const MergeStatesArgs& args) {
+  return {{"out", args.parts},
+          {"lse", args.parts_lse},
+          {"merged_out", args.out, Role::output},
+          {"merged_lse", args.lse, Role::output}};
+}
+
+Fields fields_of(const MergeStatesBackwardArgs& args) {
+  return {{"grad_out", args.grad_out},
+          {"grad_lse", args.grad_lse},
+          {"out", args.parts},
+          {"lse", args.parts_lse},
+          {"grad", args.grad_parts, Role::output},
+          {"grad_of_lse", args.grad_parts_lse, Role::output}};
+}
+
+Fields fields_of(const HadamardArgs& args) {
+  Fields fields = {{"x", args.x}};
+  if (args.scale) fields.push_back({"scale", *args.scale});
+  fields.push_back({"transpose", args.transpose, Role::input, !args.transpose});
+  fields.push_back({"out", args.out, Role::output});
+  return fields;
+}
+
+Fields fields_of(const QuantizePagesArgs& args) {
+  return {{"k_pages", args.k_pages},
+          {"v_pages", args.v_pages},
+          {"src", args.src},
+          {"k_pool", args.k_pool, Role::in_out},
+          {"v_pool", args.v_pool, Role::in_out},
+          {"dst", args.dst},
+          {"fmt", numbers(args.format)},
+          number("k_clip", args.k_clip, 1.0),
+          number("v_clip", args.v_clip, 1.0)};
+}
+
+Fields fields_of(const DequantizePagesArgs& args) {
+  return {{"k_pool", args.k_pool},
+          {"v_pool", args.v_pool},
+          {"ids", args.ids},
+          {"fmt", numbers(args.format)},
+          {"dtype", std::string(dtype_name(args.k.dtype))},
+          {"k", args.k, Role::output},
+          {"v", args.v, Role::output}};
+}
+
+Fields fields_of(const QuantizeArgs& args) {
+  Fields fields = {{"x", args.x}};
+  add_part(fields, args.part);
+  fields.push_back(number("clip", args.clip, 1.0));
+  fields.push_back({"codes", args.codes, Role::output});
+  fields.push_back({"scale", args.scale, Role::output});
+  fields.push_back({"min", args.min, Role::output});
+  return fields;
+}
+
+Fields fields_of(const DequantizeArgs& args) {
+  Fields fields = {{"codes", args.codes}, {"scale", args.scale}, {"min", args.min}};
+  add_part(fields, args.part);
+  fields.push_back({"dtype", std::string(dtype_name(args.x.dtype))});
+  fields.push_back({"x", args.x, Role::output});
+  return fields;
+}
+
+Fields fields_of(const QuantDecodeArgs& args) {
+  Fields fields = {{"q", args.q}};
+  add_pools(fields, args);
+  add_results(fields, args.out, args.lse);
+  return fields;
+}
+
+Fields fields_of(const QuantPrefillArgs& args) {
+  Fields fields = {{"q", args.q}, {"qo_indptr", args.qo_indptr}};
+  add_pools(fields, args);
+  add_prefill(fields, args.causal, args.mask_bits, args.mask_width);
+  add_results(fields, args.out, args.lse);
+  return fields;
+}
+
+}  // namespace kvk::record

@@ -1,0 +1,24 @@
+// The arguments of the C++ face's functions by the names that the torch schemas give them, for the recorder.
+#pragma once
+
+#include "core/record.h"
+#include "kvk/hadamard.h"
+#include "kvk/paged.h"
+#include "kvk/quant.h"
+
+namespace kvk::record {
+
+Fields fields_of(const PagedDecodeArgs& args);
+Fields fields_of(const PagedPrefillArgs& args);
+Fields fields_of(const AppendKvArgs& args);
+Fields fields_of(const MergeStatesArgs& args);
+Fields fields_of(const MergeStatesBackwardArgs& args);
+Fields fields_of(const HadamardArgs& args);
+Fields fields_of(const QuantizePagesArgs& args);
+Fields fields_of(const DequantizePagesArgs& args);
+Fields fields_of(const QuantizeArgs& args);
+Fields fields_of(const DequantizeArgs& args);
+Fields fields_of(const QuantDecodeArgs& args);
+Fields fields_of(const QuantPrefillArgs& args);
+
+}  // namespace kvk::record

@@ -218,7 +218,7 @@ def test_ended_requests_leave_nothing_behind() -> None:
         for request in batch:
             cache.free(request)
     assert cache.nbytes_used == 0 and len(cache.blocks) == 0
-    assert cache._table._rows.shape[0] == 2
+    assert cache._table._rows.shape[1] == 2
 
 
 def test_out_of_pages_says_how_many() -> None:

@@ -9,7 +9,7 @@ alone: a request that appends to a shared one gets a copy of it first (copy-on-w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -19,10 +19,13 @@ class OutOfPagesError(RuntimeError):
     Attributes: `wanted` (pages the call needs), `free` (pages left), `max_pages` (pages of the pool).
     """
 
-    def __init__(self, wanted: int, free: int, max_pages: int, page_size: int) -> None:
+    def __init__(
+        self, wanted: int, free: int, max_pages: int, page_size: int, limit: str = "max_pages"
+    ) -> None:
+        kind = "dense pages" if limit == "max_dense_pages" else "pages"
         super().__init__(
-            f"kvk: out of cache pages: {wanted} more pages of {page_size} tokens are wanted, {free} are free "
-            f"of max_pages={max_pages}; free or truncate requests, or give the cache more pages"
+            f"kvk: out of cache pages: {wanted} more {kind} of {page_size} tokens are wanted, {free} are free "
+            f"of {limit}={max_pages}; free or truncate requests, or give the cache more pages"
         )
         self.wanted, self.free, self.max_pages = wanted, free, max_pages
 
@@ -31,12 +34,14 @@ class PageAllocator:
     """Hands out page ids and counts their owners. Freed pages are used again before new ones are opened.
 
     `max_pages` None means no limit. Ids are always below `high_water`, the size a pool of tensors must have.
+    `on_free` is told of every page that loses its last owner.
     """
 
     def __init__(self, max_pages: int | None) -> None:
         self.max_pages = max_pages
         self._owners: list[int] = []  # by page id; 0 means free
         self._free: list[int] = []
+        self.on_free: Callable[[int], None] | None = None
 
     @property
     def high_water(self) -> int:
@@ -82,6 +87,12 @@ class PageAllocator:
             self._owners[page] -= 1
             if self._owners[page] == 0:
                 self._free.append(page)
+                if self.on_free is not None:
+                    self.on_free(page)
+
+    def reset(self, num_used: int) -> None:
+        """As if only pages 0 to `num_used` - 1 had ever been handed out, with one owner each."""
+        self._owners, self._free = [1] * num_used, []
 
 
 @dataclass
@@ -232,24 +243,27 @@ class BlockTable:
                 position += run
         return Extension(copies, slots)
 
-    def truncate(self, request: int, length: int) -> None:
-        """Forget the tokens from `length` on and give back the pages that only they needed."""
+    def truncate(self, request: int, length: int) -> list[int]:
+        """Forget the tokens from `length` on; returns the pages the request no longer holds."""
         entry = self._get(request)
         if not 0 <= length <= entry.length:
             raise ValueError(
                 f"kvk.BlockTable.truncate: length must be 0 to {entry.length} for request {request}, got {length}"
             )
         keep = self._num_pages(length)
-        self.allocator.release(entry.pages[keep:])
+        dropped = entry.pages[keep:]
+        self.allocator.release(dropped)
         del entry.pages[keep:]
         entry.length = length
         entry.clean = min(entry.clean, keep)
+        return dropped
 
-    def free(self, request: int) -> None:
-        """End a request and give back its pages."""
+    def free(self, request: int) -> list[int]:
+        """End a request; returns the pages it held."""
         entry = self._get(request)
         self.allocator.release(entry.pages)
         del self._requests[request]
+        return entry.pages
 
     def take_changes(self, request: int) -> tuple[int, list[int]]:
         """(i, ids): the page list from entry i on is `ids`; what is before i was taken by an earlier call.

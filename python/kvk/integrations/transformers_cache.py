@@ -36,7 +36,7 @@ class _Pass:
     columns: int  # new columns
     step: Step
     kept: torch.Tensor | None  # int64, which of the B * columns new tokens are stored; None: all
-    slots: torch.Tensor  # int64 [B * columns], negative for padding
+    padded: Step  # the step for all B * columns rows
 
 
 class _Layer(CacheLayerMixin):
@@ -197,7 +197,7 @@ class KvkCache(Cache):
             layer.index = self.pool.add_layer(heads, head_dim, head_dim_v=value.shape[-1], dtype=dtype)
             layer.is_initialized = True
         k, v = (x.transpose(1, 2).reshape(batch * columns, heads, -1).to(dtype) for x in (key, value))
-        self.pool.append(layer.index, k, v, under_way.step, under_way.slots)
+        self.pool.append(layer.index, k, v, under_way.padded)
         layer.columns = self._columns
         return under_way
 
@@ -232,13 +232,12 @@ class KvkCache(Cache):
             raise
         self._rows[:] = rows
         if new is None:
-            return _Pass(columns, step, None, step.slot_mapping)
+            return _Pass(columns, step, None, step)
         for i, flags in enumerate(new.tolist()):
             pads = tuple(self._columns + c for c, real in enumerate(flags) if not real)
             self._rows[i] = _Row(rows[i].request, rows[i].pads + pads)
-        slots = step.slot_mapping.new_full((batch * columns,), -1)
-        slots[kept] = step.slot_mapping
-        return _Pass(columns, step, kept, slots)
+        assert kept is not None
+        return _Pass(columns, step, kept, step.with_padding(kept, batch * columns))
 
     def mask_bits(self, under_way: _Pass, elements: torch.Tensor) -> tuple[torch.Tensor, int]:
         """(mask_bits, mask_width) of the stored tokens, from bool [B or 1, 1, new columns, all columns]."""

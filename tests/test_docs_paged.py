@@ -10,7 +10,7 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 EXAMPLES = [
     pytest.param(code, id=f"{name}-{number}")
-    for name in ("conventions", "page-tables", "hadamard", "formats", "quantized", "record")
+    for name in ("conventions", "page-tables", "hadamard", "formats", "quantized", "record", "explain")
     for number, code in enumerate(
         re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)
     )
@@ -18,7 +18,7 @@ EXAMPLES = [
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

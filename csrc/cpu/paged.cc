@@ -43,6 +43,11 @@ void paged_attention(const PagedProblem& problem, Threads& threads) {
   const Plan plan = make_plan(problem, max_workers);
   const int workers = kv_bytes(problem, plan) < kSerialBytes ? 1 : max_workers;
 
+  if (explain::Notes* notes = explain::notes()) {
+    explain_attention(*notes, problem, plan, workers, level.attention_scratch_bytes(problem, plan));
+    return;
+  }
+
   const int64_t out_stride = (problem.head_dim_v + 31) / 32 * 32;
   const Buffer partial_memory = allocate(plan.partial_rows * (out_stride + 2) * int64_t{sizeof(float)});
   Partials partials;

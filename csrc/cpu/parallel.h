@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "cpu/explain.h"
 #include "kvk/threads.h"
 
 namespace kvk::cpu {
@@ -22,6 +23,7 @@ void parallel_items(Threads& threads, int workers, int64_t n, const F& f) {
     for (int64_t i; (i = c.next.fetch_add(1, std::memory_order_relaxed)) < c.n;) c.f(worker, i);
   };
   workers = static_cast<int>(std::min<int64_t>(workers, n));
+  if (explain::notes() != nullptr) return explain_loop(*explain::notes(), n, std::max(1, workers));
   if (workers <= 1) {
     for (int64_t i = 0; i < n; ++i) f(0, i);
   } else {
@@ -35,7 +37,7 @@ void parallel_ranges(Threads& threads, int64_t n, int64_t grain, const F& f) {
   const int64_t pieces =
       std::max<int64_t>(1, std::min<int64_t>(threads.count() * int64_t{4}, n / std::max<int64_t>(1, grain)));
   if (n == 0) return;
-  if (pieces == 1) return f(int64_t{0}, n);
+  if (pieces == 1 && explain::notes() == nullptr) return f(int64_t{0}, n);
   parallel_items(threads, threads.count(), pieces, [&](int, int64_t i) { f(n * i / pieces, n * (i + 1) / pieces); });
 }
 

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "core/explain.h"
 #include "core/json.h"
 #include "cuda/compiler.h"
 #include "cuda/driver.h"
@@ -93,6 +94,31 @@ void load_kernel(std::string header, std::string expression, int64_t device) {
   cuda::DriverLauncher(index, current_cuda_stream(index)).load({header.c_str(), expression});
 }
 
+// Between begin and end this thread's calls are explained (core/explain.h). arch 0: the card or CPU of the tensors.
+void explain_begin(int64_t arch, int64_t num_sms, int64_t max_shared_per_block) {
+  thread_local explain::Notes notes;
+  notes = {};
+  if (arch != 0) {
+    notes.card =
+        explain::Card{static_cast<int>(arch), static_cast<int>(num_sms), static_cast<int>(max_shared_per_block)};
+  }
+  explain::current = &notes;
+}
+
+// JSON: the list of steps.
+std::string explain_end() {
+  if (explain::current == nullptr) return "[]";
+  std::ostringstream json;
+  const char* separator = "[";
+  for (const std::string& step : explain::current->steps) {
+    json << separator << step;
+    separator = ", ";
+  }
+  if (explain::current->steps.empty()) json << "[";
+  explain::current = nullptr;
+  return json.str() + "]";
+}
+
 }  // namespace
 
 KVK_LIBRARY_FRAGMENT(KVK_NAMESPACE, m) {
@@ -101,6 +127,8 @@ KVK_LIBRARY_FRAGMENT(KVK_NAMESPACE, m) {
   m.def("_set_shipped_cubins(str folder) -> ()");
   m.def("_compile_kernel(str header, str expression, str arch, str folder) -> str");
   m.def("_default_kernels() -> str");
+  m.def("_explain_begin(int arch, int num_sms, int max_shared_per_block) -> ()");
+  m.def("_explain_end() -> str");
   m.def("_load_kernel(str header, str expression, int device) -> ()");
 }
 
@@ -110,6 +138,8 @@ KVK_LIBRARY_IMPL(KVK_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("_set_shipped_cubins", TORCH_BOX(&set_shipped_cubins));
   m.impl("_compile_kernel", TORCH_BOX(&compile_kernel));
   m.impl("_default_kernels", TORCH_BOX(&default_kernels));
+  m.impl("_explain_begin", TORCH_BOX(&explain_begin));
+  m.impl("_explain_end", TORCH_BOX(&explain_end));
   m.impl("_load_kernel", TORCH_BOX(&load_kernel));
 }
 

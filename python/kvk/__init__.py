@@ -13,6 +13,7 @@ _load.load()
 from kvk import cuda  # noqa: E402
 from kvk.cache import OutOfPagesError, PagedCache  # noqa: E402
 from kvk.cuda import precompile  # noqa: E402
+from kvk.explanation import explain  # noqa: E402
 from kvk.formats import QuantFormat  # noqa: E402
 from kvk.ops.hadamard import hadamard  # noqa: E402
 from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "append_kv",
     "dequantize",
     "dequantize_pages",
+    "explain",
     "hadamard",
     "merge_states",
     "paged_decode",

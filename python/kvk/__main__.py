@@ -1,4 +1,4 @@
-"""`python -m kvk info | demo | bench | precompile | replay`."""
+"""`python -m kvk info | demo | bench | precompile | replay | explain`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ usage: python -m kvk COMMAND [options]
   bench       times the kernels against their peers and the ceilings of this machine
   precompile  compiles the CUDA kernels ahead, for --arch sm_90a and others; needs no card
   replay      runs calls saved with KVK_DUMP again and compares them with the reference
+  explain     says how saved calls would be done: kernel, tiles, splits, bytes, FLOPs and the bound
 
 python -m kvk COMMAND --help tells a command's options."""
 
@@ -41,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from kvk import replay
 
         return replay.main(rest)
+    if command == "explain":
+        from kvk import explanation
+
+        return explanation.main(rest)
     if command in ("-h", "--help"):
         print(USAGE)
         return 0

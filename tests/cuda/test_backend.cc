@@ -82,7 +82,7 @@ KVK_CASE(append_checked) {
   check_has(append_error(&memory), "kvk: KVK_CHECK=1 reads back", "captured");
   // What recording reads (csrc/core/dump.h): nothing during a capture, a copy and a wait else.
   char byte = 0;
-  const auto read = [&] { read_memory({DeviceType::cuda, 0}, nullptr, &byte, &byte, 1); };
+  const auto read = [&] { kvk::cuda::read_memory({kvk::DeviceType::cuda, 0}, nullptr, &byte, &byte, 1); };
   check_has(error_of(read), "nothing is read from a card while a CUDA graph is being captured", "captured");
   cuda.set("capture", 0);
   cuda.calls();

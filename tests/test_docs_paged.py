@@ -8,17 +8,28 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
+NEEDS_A_MODEL = "kvk.demo.model"  # those examples run in test_demo.py
 EXAMPLES = [
     pytest.param(code, id=f"{name}-{number}")
-    for name in ("conventions", "page-tables", "hadamard", "formats", "quantized", "record", "explain")
+    for name in (
+        "conventions",
+        "page-tables",
+        "hadamard",
+        "formats",
+        "quantized",
+        "record",
+        "explain",
+        "compress-your-cache",
+    )
     for number, code in enumerate(
         re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)
     )
+    if NEEDS_A_MODEL not in code
 ]
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 9
+    assert len(EXAMPLES) == 11
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

@@ -284,10 +284,10 @@ class PagedCache:
                 layer.resize(target)
         self._num_records = target
 
-    def _fit_slots(self, residency: Residency, num_new: int) -> None:
-        """Memory for `num_new` more dense slots; much more than is in use goes back."""
+    def _fit_slots(self, residency: Residency, num_new: int, *, spare: bool = True) -> None:
+        """Memory for `num_new` more dense slots. Much more than is in use goes back, or any without `spare`."""
         wanted = max(self._fewest_slots, residency.slots.num_used + num_new)
-        if self._num_slots > wanted + wanted // 2 + 4:
+        if self._num_slots > wanted + (wanted // 2 + 4 if spare else 0):
             kept = residency.compact()
             for layer in self.packed_layers:
                 layer.dense.keep(kept, wanted)
@@ -310,7 +310,7 @@ class PagedCache:
         """
         if self._residency is not None:
             self._pack(self._residency)
-            self._fit_slots(self._residency, 0)
+            self._fit_slots(self._residency, 0, spare=False)
 
     def _pack(self, residency: Residency) -> None:
         pages = residency.packable()

@@ -19,8 +19,9 @@ Advance = Callable[[int], None]
 class CacheConfig:
     """A cache and attention to run the model with.
 
-    `max_error` bounds |logit - reference logit|, as a fraction of the reference's largest |logit|; the reference has
-    none.
+    `max_error` bounds |logit - reference logit|, as a fraction of the reference's largest |logit|. A cache that stores
+    fewer bits has `max_loss` instead, which bounds its perplexity as a multiple of the reference's. The reference has
+    neither.
     """
 
     name: str
@@ -29,6 +30,7 @@ class CacheConfig:
     spread: Callable[[Any, int], Any]  # (cache of one row, B) -> cache of B rows that begin with it
     nbytes: Callable[[Any], int]  # bytes the cache holds
     max_error: float | None = None
+    max_loss: float | None = None
 
 
 @dataclass
@@ -131,29 +133,34 @@ def run(
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a run compares with the reference.
+    """How a run compares with the reference. Of a run with max_loss, only `loss` decides.
 
     The rule for greedy tokens: where the reference's two best logits differ by more than twice the largest error
     allowed, no error within the bound can change the choice, so the run must choose the same token.
     """
 
     max_error: float  # largest |logit - reference|
-    allowed: float
+    allowed: float  # 0 where only the loss is bounded
     positions: int  # logit rows compared
     decided: int  # of those, the ones the rule covers
     wrong: int  # of those, the ones where the run chose another token
     same_choice: int  # of all positions, the ones with the same choice
+    loss: float  # perplexity over the reference's
+    max_loss: float | None
 
     @property
     def ok(self) -> bool:
+        if self.max_loss is not None:
+            return self.loss <= self.max_loss and math.isfinite(self.max_error)
         return self.max_error <= self.allowed and self.wrong == 0
 
 
 def compare(result: Result, reference: Result) -> Agreement:
     """Agreement over every logit row of the run: prefix, suffixes and decode."""
-    assert result.config.max_error is not None
+    max_loss = result.config.max_loss
+    assert result.config.max_error is not None or max_loss is not None
     scale = max(float(x.abs().max()) for x in reference.logits.values())
-    allowed = result.config.max_error * scale
+    allowed = (result.config.max_error or 0.0) * scale
     worst, positions, decided, wrong, same_choice = 0.0, 0, 0, 0, 0
     for phase, want in reference.logits.items():
         got = result.logits[phase]
@@ -171,4 +178,5 @@ def compare(result: Result, reference: Result) -> Agreement:
             decided += int(clear.sum())
             wrong += int((clear & ~same).sum())
             same_choice += int(same.sum())
-    return Agreement(worst, allowed, positions, decided, wrong, same_choice)
+    loss = result.perplexity / reference.perplexity
+    return Agreement(worst, allowed, positions, decided, wrong, same_choice, loss, max_loss)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvk.cache import PagedCache, Step
+from kvk.formats.quant import QuantFormat
 from kvk.integrations.transformers_masks import KvkMask, pack_bits
 
 
@@ -110,6 +112,11 @@ class KvkCache(Cache):
         max_pages: most pages in use at a time, None for no limit; a page counts once for all layers.
         initial_pages: pages there is memory for from the first token on.
         dtype: of the pages; None: the model's. Another dtype means that q, K and V are cast to it for attention.
+        new_format: what full pages of a layer become, as a function of (layer, head_dim, head_dim_v), say
+            `lambda layer, d, dv: kvk.QuantFormat(32, d, head_dim_v=dv)`; None, or a layer it gives None for: they stay
+            dense. `kvk.recipes` has ready ones.
+        residual, sinks, max_dense_pages: tokens at the end and pages at the beginning of each row that stay dense in
+            layers with a format, and the most dense pages in those; see `kvk.PagedCache`.
 
     The batch may have padding anywhere; a window counts stored tokens. Forks of a cache share its pages and its limit.
     Raises `kvk.cache.OutOfPagesError` during a forward pass when the limit is reached: free or crop, or `reset`.
@@ -122,10 +129,21 @@ class KvkCache(Cache):
         max_pages: int | None = None,
         initial_pages: int = 0,
         dtype: torch.dtype | None = None,
+        new_format: Callable[[int, int, int], QuantFormat | None] | None = None,
+        residual: int = 128,
+        sinks: int = 0,
+        max_dense_pages: int | None = None,
     ) -> None:
         super().__init__(layers=[])
-        self._page_size, self._max_pages, self._initial_pages = page_size, max_pages, initial_pages
-        self.dtype = dtype
+        self._pool_options: dict[str, Any] = {
+            "page_size": page_size,
+            "max_pages": max_pages,
+            "initial_pages": initial_pages,
+            "sinks": sinks,
+            "max_dense_pages": max_dense_pages,
+            "residual": residual,
+        }
+        self.dtype, self._new_format = dtype, new_format
         self.pool: PagedCache | None = None  # made with the first tokens, which tell the device
         self._rows: list[_Row] = []
         self._columns = 0
@@ -135,12 +153,8 @@ class KvkCache(Cache):
         return f"KvkCache(batch_size={self.batch_size}, columns={self._columns}, nbytes={self.nbytes})"
 
     def _new_pool(self, device: torch.device) -> PagedCache:
-        return PagedCache(
-            page_size=self._page_size,
-            max_pages=self._max_pages,
-            initial_pages=self._initial_pages,
-            device=device,
-        )
+        options = self._pool_options if self._new_format else {**self._pool_options, "residual": None}
+        return PagedCache(device=device, **options)
 
     def _adopt(self, pool: PagedCache) -> None:
         self.pool = pool
@@ -194,7 +208,9 @@ class KvkCache(Cache):
             )
         dtype = self.dtype or key.dtype
         if layer.index is None:
-            layer.index = self.pool.add_layer(heads, head_dim, head_dim_v=value.shape[-1], dtype=dtype)
+            dim_v = value.shape[-1]
+            fmt = self._new_format and self._new_format(self.layers.index(layer), head_dim, dim_v)
+            layer.index = self.pool.add_layer(heads, head_dim, head_dim_v=dim_v, dtype=dtype, fmt=fmt or None)
             layer.is_initialized = True
         k, v = (x.transpose(1, 2).reshape(batch * columns, heads, -1).to(dtype) for x in (key, value))
         self.pool.append(layer.index, k, v, under_way.padded)
@@ -292,12 +308,7 @@ class KvkCache(Cache):
         Both may grow, and either may end first. Starting many batches from one prefilled prefix is
         `prefix_cache.fork(batch_size)` each time.
         """
-        other = KvkCache(
-            page_size=self._page_size,
-            max_pages=self._max_pages,
-            initial_pages=self._initial_pages,
-            dtype=self.dtype,
-        )
+        other = KvkCache(dtype=self.dtype, new_format=self._new_format, **self._pool_options)
         if self.pool is not None:
             other._adopt(self.pool)
             for row in self._rows:
@@ -329,6 +340,11 @@ class KvkCache(Cache):
             self.pool.truncate(row.request, stored)
             self._rows[i] = _Row(row.request, row.pads[: columns - stored])
         self._set_columns(columns)
+
+    def pack(self) -> None:
+        """Pack now what the next forward pass would pack first, and give back the memory of its dense pages."""
+        if self.pool is not None:
+            self.pool.pack()
 
     def reset(self) -> None:
         """Forget all rows. The pools keep their memory."""

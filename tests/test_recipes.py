@@ -1,0 +1,112 @@
+"""The recipes on small random models: what they store, and what a model makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kvk
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from hf_models import VOCAB, generate, logits, tiny
+from kvk.integrations.transformers import KvkCache
+from kvk.pages import DensePages, PackedPages
+from kvk.recipes.kivi import kivi_cache
+from kvk.recipes.rotated_int4 import rotated_int4_cache
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(2, VOCAB, (2, 150), generator=torch.Generator().manual_seed(2))
+
+
+def chunked(model: Any, cache: KvkCache, ids: torch.Tensor, chunk: int = 30, **inputs: Any) -> torch.Tensor:
+    parts = []
+    for start in range(0, ids.shape[1], chunk):
+        now = {name: x[:, : start + chunk] for name, x in inputs.items()}
+        parts.append(logits(model, "kvk", ids[:, start : start + chunk], past_key_values=cache, **now))
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize(
+    ("new_cache", "bound", "bits"),
+    [
+        (lambda: kivi_cache(8, tail=16), 0.02, 8 + 1),
+        (lambda: kivi_cache(4, tail=16), 0.3, 4 + 1),
+        (lambda: kivi_cache(3, tail=16, sinks=1), 0.5, 3 + 1),
+        (lambda: kivi_cache(2, tail=16, sinks=1), 0.9, 2 + 1),
+        (lambda: rotated_int4_cache(), 0.4, 4 + 1),
+        (lambda: rotated_int4_cache(8), 0.03, 8 + 1),
+    ],
+    ids=["kivi8", "kivi4", "kivi3", "kivi2", "int4", "int8"],
+)
+def test_a_model_over_a_recipe(
+    llama: Any, ids: torch.Tensor, new_cache: Any, bound: float, bits: int
+) -> None:
+    """Errors of a size that goes with the bits, and every byte where it should be; head dim 32, groups of 32."""
+    cache = new_cache()
+    got, want = chunked(llama, cache, ids), logits(llama, "sdpa", ids)
+    error = (got - want).norm() / want.norm()
+    assert 1e-5 < error < bound
+    cache.pack()
+    residency, layer = cache.pool._residency, cache.pool.layers[0]
+    assert layer.fmt.bits_per_element == bits
+    token = 2 * 2 * 32  # kv heads, K and V
+    used = 32 * token * (residency.records.num_used * bits / 8 + residency.slots.num_used * 4)
+    assert cache.nbytes_used == 2 * used and residency.records.num_used > 0
+
+
+def test_left_padding_forks_and_crop(llama: Any, ids: torch.Tensor) -> None:
+    """What is done to a compressed batch gives what fresh requests of the same tokens give."""
+    mask = torch.ones_like(ids)
+    mask[0, :37] = 0
+    padded = chunked(llama, kivi_cache(4, tail=16), ids, attention_mask=mask)
+    alone = chunked(llama, kivi_cache(4, tail=16), ids[1:])
+    torch.testing.assert_close(padded[1:], alone, atol=1e-4, rtol=1e-4)
+
+    cache = kivi_cache(4, tail=16)
+    chunked(llama, cache, ids[:1, :120])
+    twins = cache.fork(2)
+    assert twins.nbytes_used == cache.nbytes_used
+    new = ids[:, 120:150]
+    got = logits(llama, "kvk", new, past_key_values=twins)
+    twins.crop(-30)
+    again = logits(llama, "kvk", new, past_key_values=twins)
+    torch.testing.assert_close(again, got, atol=1e-5, rtol=1e-5)
+    one = logits(llama, "kvk", new[:1], past_key_values=cache)
+    torch.testing.assert_close(one, got[:1], atol=1e-5, rtol=1e-5)
+
+
+def test_layers_may_stay_dense(llama: Any, ids: torch.Tensor) -> None:
+    def new_format(layer: int, head_dim: int, head_dim_v: int) -> kvk.QuantFormat | None:
+        return kvk.QuantFormat(16, head_dim, 2, 2, 16, head_dim_v=head_dim_v) if layer == 1 else None
+
+    cache = KvkCache(page_size=16, new_format=new_format, residual=0)
+    chunked(llama, cache, ids)
+    assert [type(layer) for layer in cache.pool.layers] == [DensePages, PackedPages]
+    some = chunked(llama, KvkCache(page_size=16, new_format=new_format, residual=0), ids)
+    everything = KvkCache(page_size=16, new_format=lambda _, d, dv: new_format(1, d, dv), residual=0)
+    want = logits(llama, "sdpa", ids)
+    assert 0 < (some - want).norm() < (chunked(llama, everything, ids) - want).norm()
+
+
+def test_generate(llama: Any, ids: torch.Tensor) -> None:
+    """transformers' own loop, 8 bits: the same tokens as without a cache of ours."""
+    got = generate(llama, "kvk", ids, past_key_values=kivi_cache(8, tail=32), max_new_tokens=40)
+    want = generate(llama, "sdpa", ids, max_new_tokens=40)
+    same = (got.sequences == want.sequences).float().mean()
+    assert same > 0.95
+
+
+def test_formats_that_do_not_go_with_a_model(llama: Any, ids: torch.Tensor) -> None:
+    with pytest.raises(
+        ValueError, match="v_group must be a multiple of 8 that divides the head_dim_v of 32, got 64"
+    ):
+        logits(llama, "kvk", ids, past_key_values=kivi_cache(group=64))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 DOCS = Path(__file__).parent.parent / "docs"
 NEEDS_A_MODEL = "kvk.demo.model"  # those examples run in test_demo.py
@@ -34,4 +35,5 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_example_runs(code):
+    torch.manual_seed(0)
     exec(compile(code, "example", "exec"), {})

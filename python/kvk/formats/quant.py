@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # kvk.array has this file without torch
+    import torch
+    from torch import Tensor
 
 BITS = (2, 3, 4, 8)
 AXES = ("channel", "token")
@@ -149,6 +151,8 @@ class QuantFormat:
         self, num_pages: int, num_kv_heads: int, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
         """Uninitialised pools of records: uint8 [num_pages, num_kv_heads, k_record_bytes], and of V alike."""
+        import torch
+
         return (
             torch.empty(num_pages, num_kv_heads, self.k_record_bytes, dtype=torch.uint8, device=device),
             torch.empty(num_pages, num_kv_heads, self.v_record_bytes, dtype=torch.uint8, device=device),

@@ -21,6 +21,8 @@ EXAMPLES = [
         "record",
         "explain",
         "compress-your-cache",
+        "block-sparse",
+        "neighborhood",
     )
     for number, code in enumerate(
         re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)
@@ -30,7 +32,7 @@ EXAMPLES = [
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 11
+    assert len(EXAMPLES) == 13
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

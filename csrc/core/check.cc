@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/value_errors.h"
+
 namespace kvk {
 
 const char* dtype_name(DType dtype) {
@@ -38,7 +40,7 @@ std::string shape_string(const Tensor& t) {
   return text.str();
 }
 
-void ArgChecker::tensor(const Tensor& t, const char* name, DType dtype, std::initializer_list<Dim> dims) const {
+void ArgChecker::tensor(const Tensor& t, const char* name, DType dtype, std::span<const Dim> dims) const {
   if (!(t.device == device_)) {
     fail(op_, name, " must be on ", device_name(device_), " like the other arguments, got ", device_name(t.device));
   }
@@ -118,6 +120,18 @@ void ArgChecker::head_dim(int64_t size, const char* name, const char* label) con
   if (size < 32 || size > 256 || size % 8 != 0) {
     fail(op_, name, ": head dim ", label, " must be a multiple of 8 from 32 to 256, got ", size);
   }
+}
+
+void ArgChecker::starts(const Tensor& starts, const char* name, int64_t limit, const char* of) const {
+  if (device_.type != DeviceType::cpu) return;
+  int64_t previous = 0;
+  for (int64_t i = 0; i < starts.shape[0]; ++i) {
+    const int64_t start = starts.ptr<const int32_t>()[i * starts.stride[0]];
+    if (i == 0 && start != 0) fail_first_start(op_, name, start);
+    if (start < previous) fail_decreasing_start(op_, name, start, previous, i);
+    previous = start;
+  }
+  if (previous > limit) fail_last_start(op_, name, limit, of, previous);
 }
 
 void ArgChecker::finite(double value, const char* name) const {

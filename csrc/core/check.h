@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <span>
 #include <sstream>
 #include <string>
 
@@ -34,7 +35,10 @@ class ArgChecker {
   ArgChecker(const char* op, Device device) : op_(op), device_(device) {}
 
   // Rank, every fixed extent, dtype and device.
-  void tensor(const Tensor& t, const char* name, DType dtype, std::initializer_list<Dim> dims) const;
+  void tensor(const Tensor& t, const char* name, DType dtype, std::span<const Dim> dims) const;
+  void tensor(const Tensor& t, const char* name, DType dtype, std::initializer_list<Dim> dims) const {
+    tensor(t, name, dtype, std::span(dims.begin(), dims.size()));
+  }
   // Dtype, device and shape of another argument.
   void same_shape(const Tensor& t, const char* name, const Tensor& as, const char* as_name) const;
   void contiguous(const Tensor& t, const char* name) const;
@@ -48,6 +52,9 @@ class ArgChecker {
   void writable(const Tensor& t, const char* name) const;
   void head_dim(int64_t size, const char* name, const char* label) const;
   void finite(double value, const char* name) const;
+  // Starts of consecutive runs: from 0, never decreasing, within `limit`. Values on a card are trusted; with KVK_CHECK=1
+  // csrc/cuda/check_values.cc checks them there.
+  void starts(const Tensor& starts, const char* name, int64_t limit, const char* of) const;
 
   const char* op() const { return op_; }
   Device device() const { return device_; }

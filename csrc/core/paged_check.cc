@@ -39,20 +39,6 @@ PoolView pool_view(const Tensor& pages) { return {pages.data, pages.stride[0], p
 
 RowsView rows_view(const Tensor& rows) { return {rows.data, rows.stride[0], rows.stride[1]}; }
 
-// Starts of consecutive runs: from 0, never decreasing, within `limit`. Values on a card are trusted, here and below;
-// with KVK_CHECK=1 csrc/cuda/check_values.cc checks them there.
-void check_starts(const ArgChecker& check, const Tensor& starts, const char* name, int64_t limit, const char* of) {
-  if (check.device().type != DeviceType::cpu) return;
-  int64_t previous = 0;
-  for (int64_t i = 0; i < starts.shape[0]; ++i) {
-    const int64_t start = starts.ptr<const int32_t>()[i * starts.stride[0]];
-    if (i == 0 && start != 0) fail_first_start(check.op(), name, start);
-    if (start < previous) fail_decreasing_start(check.op(), name, start, previous, i);
-    previous = start;
-  }
-  if (previous > limit) fail_last_start(check.op(), name, limit, of, previous);
-}
-
 // One entry of a page table in use.
 void check_page(const ArgChecker& check, const PoolShape& pool, int64_t entry, int64_t request, int64_t index) {
   int64_t page = entry, limit = pool.num_pages;
@@ -103,7 +89,7 @@ PageList check_table(const ArgChecker& check, const PageTable& table, int64_t nu
     list.indptr = indptr.ptr<const int32_t>();
     list.indptr_stride = indptr.stride[0];
     list.index_stride = indices.stride[0];
-    check_starts(check, indptr, "page_indptr", indices.shape[0], "entries of page_indices");
+    check.starts(indptr, "page_indptr", indices.shape[0], "entries of page_indices");
   } else if (indices.ndim == 3) {
     check.tensor(indices, "page_indices", DType::i32, {{"B", num_requests}, {"Hkv", heads}, {"max_pages"}});
     list.per_head_list = true;
@@ -337,7 +323,7 @@ int64_t check_requests(const ArgChecker& check, const Tensor& qo_indptr) {
 }
 
 void check_prefill(const ArgChecker& check, const Tensor& qo_indptr, bool causal, PagedProblem& problem) {
-  check_starts(check, qo_indptr, "qo_indptr", problem.num_tokens, "tokens of q");
+  check.starts(qo_indptr, "qo_indptr", problem.num_tokens, "tokens of q");
   problem.qo_indptr = qo_indptr.ptr<const int32_t>();
   problem.qo_indptr_stride = qo_indptr.stride[0];
   problem.causal = causal;

@@ -1,6 +1,8 @@
 // The CPU backend: checked problems in, results out.
 #pragma once
 
+#include "core/block_sparse_problem.h"
+#include "core/neighborhood_problem.h"
 #include "core/paged_problem.h"
 #include "kvk/hadamard.h"
 #include "kvk/paged.h"
@@ -13,6 +15,10 @@ void paged_attention(const PagedProblem& problem, Threads& threads);
 void append_kv(const AppendKvArgs& args, Threads& threads);
 void merge_states(const MergeStatesArgs& args, Threads& threads);
 void merge_states_backward(const MergeStatesBackwardArgs& args, Threads& threads);
+void block_sparse_attention(const BlockSparseProblem& problem, Threads& threads);
+void block_sparse_attention_backward(const BlockSparseProblem& problem, Threads& threads);
+void neighborhood_attention(const NeighborhoodProblem& problem, Threads& threads);
+void neighborhood_attention_backward(const NeighborhoodProblem& problem, Threads& threads);
 void hadamard(const HadamardArgs& args, Threads& threads);
 void quantize_pages(const QuantizePagesArgs& args, Threads& threads);
 void dequantize_pages(const DequantizePagesArgs& args, Threads& threads);

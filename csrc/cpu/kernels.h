@@ -8,6 +8,8 @@ namespace kvk::cpu::KVK_LEVEL {
 int64_t attention_scratch_bytes(const PagedProblem& problem, const Plan& plan);
 void attend(const PagedProblem& problem, const Plan& plan, Item item, void* scratch, const Partials& partials);
 void merge_splits(const PagedProblem& problem, const Tile& tile, const Partials& partials);
+int64_t grid_scratch_bytes(GridPass pass, const GridProblem& problem, int max_rows);
+void grid_tile(GridPass pass, const GridProblem& problem, GridSchedule& schedule, int64_t tile, void* scratch);
 void merge_states(const MergeStatesArgs& args, int64_t row_begin, int64_t row_end);
 void merge_states_backward(const MergeStatesBackwardArgs& args, int64_t row_begin, int64_t row_end);
 void hadamard(const HadamardArgs& args, int64_t row_begin, int64_t row_end);

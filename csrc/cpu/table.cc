@@ -9,6 +9,8 @@ extern "C" const kvk::cpu::Kernels KVK_CONCAT(kvk_cpu_kernels_, KVK_LEVEL) = {
     kvk::cpu::KVK_LEVEL::attention_scratch_bytes,
     kvk::cpu::KVK_LEVEL::attend,
     kvk::cpu::KVK_LEVEL::merge_splits,
+    kvk::cpu::KVK_LEVEL::grid_scratch_bytes,
+    kvk::cpu::KVK_LEVEL::grid_tile,
     kvk::cpu::KVK_LEVEL::merge_states,
     kvk::cpu::KVK_LEVEL::merge_states_backward,
     kvk::cpu::KVK_LEVEL::hadamard,

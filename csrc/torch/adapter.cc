@@ -67,6 +67,8 @@ TorchTensor new_tensor(const TorchTensor& like, std::initializer_list<int64_t> s
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
+TorchTensor new_like(const TorchTensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+
 TorchContext::TorchContext(const TorchTensor& like) : like_(like) {
   static TorchThreads threads;
   context_.threads = &threads;

@@ -29,6 +29,9 @@ std::optional<Tensor> view(const std::optional<TorchTensor>& t);
 TorchTensor new_tensor(const TorchTensor& like, std::initializer_list<int64_t> shape,
                        torch::headeronly::ScalarType dtype);
 
+// The same shape and dtype, contiguous.
+TorchTensor new_like(const TorchTensor& t);
+
 // torch's threads, torch's current stream, memory from torch's allocator: lives as long as the call.
 class TorchContext final : public Allocator {
  public:

@@ -15,10 +15,13 @@ from kvk.cache import OutOfPagesError, PagedCache  # noqa: E402
 from kvk.cuda import precompile  # noqa: E402
 from kvk.explanation import explain  # noqa: E402
 from kvk.formats import QuantFormat  # noqa: E402
+from kvk.ops.block_sparse import block_sparse_attention, block_sparse_attention_backward  # noqa: E402
 from kvk.ops.hadamard import hadamard  # noqa: E402
+from kvk.ops.neighborhood import neighborhood_attention, neighborhood_attention_backward  # noqa: E402
 from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  # noqa: E402
 from kvk.ops.quant import dequantize, dequantize_pages, quantize, quantize_pages  # noqa: E402
 from kvk.ops.quant_attention import quant_decode, quant_prefill  # noqa: E402
+from kvk.patterns import block_mask_to_csr  # noqa: E402
 from kvk.record import recording  # noqa: E402
 
 cuda.provide_nvrtc()
@@ -30,11 +33,16 @@ __all__ = [
     "PagedCache",
     "QuantFormat",
     "append_kv",
+    "block_mask_to_csr",
+    "block_sparse_attention",
+    "block_sparse_attention_backward",
     "dequantize",
     "dequantize_pages",
     "explain",
     "hadamard",
     "merge_states",
+    "neighborhood_attention",
+    "neighborhood_attention_backward",
     "paged_decode",
     "paged_prefill",
     "precompile",

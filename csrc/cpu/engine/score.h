@@ -10,6 +10,20 @@
 
 namespace kvk::cpu::KVK_LEVEL {
 
+// Scores of the keys whose bit is 0 become -inf.
+inline void hide_unseen(uint64_t seen, int vectors, float* s) {
+  static_assert(kBlockKeys == 64);
+  constexpr uint32_t kAll = (uint32_t{1} << W) - 1;
+  const VU32 lane([](int i) { return uint32_t{1} << i; });
+  for (int i = 0; i < vectors; ++i, seen >>= W) {
+    const uint32_t bits = static_cast<uint32_t>(seen) & kAll;
+    if (bits == kAll) continue;
+    VU32 x = bit_cast<VU32>(load(s + i * W));
+    stdx::where((lane & VU32(bits)) == 0u, x) = bit_cast<uint32_t>(-kInf);
+    store(bit_cast<V>(x), s + i * W);
+  }
+}
+
 class Score {
  public:
   Score(const PagedProblem& problem, const Tile& tile) : p_(problem), tile_(tile) {}

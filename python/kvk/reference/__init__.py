@@ -6,20 +6,26 @@ of the inputs it is the same computation as plain torch does it in that dtype, t
 rule. Written to be read, not to be fast, and meant for the CPU.
 """
 
+from kvk.reference.block_sparse import block_sparse_attention
 from kvk.reference.hadamard import hadamard, hadamard_matrix
 from kvk.reference.merge import merge_states
+from kvk.reference.neighborhood import axis_mask, neighborhood_attention, neighborhood_mask
 from kvk.reference.paged import append_kv, gather_request, paged_decode, paged_prefill, unpack_mask_bits
 from kvk.reference.quant import dequantize, dequantize_pages, quantize, quantize_pages
 from kvk.reference.quant_attention import quant_decode, quant_prefill
 
 __all__ = [
     "append_kv",
+    "axis_mask",
+    "block_sparse_attention",
     "dequantize",
     "dequantize_pages",
     "gather_request",
     "hadamard",
     "hadamard_matrix",
     "merge_states",
+    "neighborhood_attention",
+    "neighborhood_mask",
     "paged_decode",
     "paged_prefill",
     "quant_decode",

@@ -1,0 +1,32 @@
+#include "cpu/grid.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/levels.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
+
+namespace kvk::cpu {
+
+int heads_per_tile(int group, int64_t tokens) {
+  const int64_t parts = (group * tokens + kGridTileRows - 1) / kGridTileRows;
+  return static_cast<int>((group + parts - 1) / std::max<int64_t>(1, parts));
+}
+
+void run_grid(GridPass pass, const GridProblem& problem, int64_t num_tiles, int max_rows,
+              const std::function<std::unique_ptr<GridSchedule>()>& make, Threads& threads) {
+  if (num_tiles == 0) return;
+  const Kernels& level = kernels();
+  const int workers = static_cast<int>(std::min<int64_t>(threads.count(), num_tiles));
+  const int64_t scratch_bytes = (level.grid_scratch_bytes(pass, problem, max_rows) + 63) / 64 * 64;
+  const Buffer scratch = allocate(scratch_bytes * workers);
+  std::vector<std::unique_ptr<GridSchedule>> schedules;
+  for (int i = 0; i < workers; ++i) schedules.push_back(make());
+  parallel_items(threads, workers, num_tiles, [&](int worker, int64_t tile) {
+    level.grid_tile(pass, problem, *schedules[static_cast<size_t>(worker)], tile,
+                    scratch.get() + worker * scratch_bytes);
+  });
+}
+
+}  // namespace kvk::cpu

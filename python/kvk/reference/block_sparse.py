@@ -1,0 +1,100 @@
+"""Reference of block_sparse_attention: every query block gathers the keys of its entries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    block_q: int,
+    block_k: int,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    entry_bias: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query block over the key blocks that its row of the pattern names.
+
+    Differentiable by ordinary autograd in q, k, v and entry_bias.
+
+    Returns:
+        (out [T, Hq, Dv] in compute_dtype, lse [T, Hq] in compute_dtype but at least float32).
+    """
+    starts_q = [0, q.shape[0]] if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    starts_k = [0, k.shape[0]] if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    lse_dtype = torch.promote_types(compute_dtype, torch.float32)
+    num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    out = torch.zeros(q.shape[0], num_heads, v.shape[2], dtype=compute_dtype)
+    lse = torch.full((q.shape[0], num_heads), -torch.inf, dtype=lse_dtype)
+    pointers, columns = row_ptr.tolist(), col_idx.tolist()
+
+    for b in range(len(starts_q) - 1):
+        query_ids = torch.arange(starts_q[b], starts_q[b + 1])
+        key_ids = torch.arange(starts_k[b], starts_k[b + 1])
+        shift = len(key_ids) - len(query_ids)
+        for h in range(num_heads):
+            pattern = b if row_ptr.shape[0] > 1 else 0, h if row_ptr.shape[1] > 1 else 0
+            pointer, column = pointers[pattern[0]][pattern[1]], columns[pattern[0]][pattern[1]]
+            for m, rows in enumerate(query_ids.split(block_q) if len(query_ids) else []):
+                entries = range(pointer[m], pointer[m + 1])
+                blocks = [key_ids[column[e] * block_k : (column[e] + 1) * block_k] for e in entries]
+                keys = torch.cat([key_ids[:0], *blocks])
+                bias = None
+                if entry_bias is not None:
+                    of_block = entry_bias[pattern][list(entries)]
+                    bias = of_block.repeat_interleave(torch.tensor([len(x) for x in blocks]).long())
+                hidden = None
+                if causal:
+                    hidden = (keys - starts_k[b])[None, :] > (rows - starts_q[b])[:, None] + shift
+                head = h // group
+                result = attend(
+                    q[rows, h], k[keys, head], v[keys, head], softmax_scale, bias, hidden, compute_dtype
+                )
+                out[rows, h], lse[rows, h] = result
+    return out, lse
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Attention of rows q [n, D] over keys k [L, D], v [L, Dv]; a row that sees no key gives 0 and -inf.
+
+    Products are rounded to compute_dtype, the softmax is at least float32.
+    """
+    work = torch.promote_types(compute_dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scores = (q.to(work) @ k.to(work).T).to(compute_dtype).to(work) * scale
+    if bias is not None:
+        scores = scores + bias.to(work)
+    if hidden is not None:
+        scores = torch.where(hidden, -torch.inf, scores)
+    seen = scores != -torch.inf
+    some = seen.any(-1)
+    largest = torch.where(some, scores.detach().amax(-1), 0.0) if k.shape[0] else scores.new_zeros(len(q))
+    # A key that is hidden takes no part in the gradient either: exp(-inf - largest) would be 0 * inf there.
+    weight = torch.where(seen, torch.exp(torch.where(seen, scores, largest[:, None]) - largest[:, None]), 0.0)
+    total = torch.where(some, weight.sum(-1), 1.0)
+    share = (weight / total[:, None]).to(compute_dtype).to(work)
+    if (
+        hidden is not None and not torch.isfinite(v).all()
+    ):  # 0 * NaN must not enter rows that do not see the key
+        out = torch.where(seen[:, :, None], share[:, :, None] * v.to(work)[None], 0.0).sum(1)
+    else:
+        out = share @ v.to(work)
+    lse = torch.where(some, largest + torch.log(total), -torch.inf)
+    return out.to(compute_dtype), lse

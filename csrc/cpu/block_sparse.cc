@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "core/explain.h"
 #include "cpu/backend.h"
 #include "cpu/grid.h"
 
@@ -269,6 +270,7 @@ void run_queries(GridPass pass, const BlockSparseProblem& p, Threads& threads) {
 
 void block_sparse_attention(const BlockSparseProblem& p, Threads& threads) {
   run_queries(GridPass::attention, p, threads);
+  if (explain::notes() != nullptr) return;
   const int64_t unowned = p.queries.end(p.queries.count - 1);
   clear_rows(p, p.out, unowned, p.queries.total, p.num_heads(), p.head_dim_v);
   for (int64_t t = unowned; t < p.queries.total; ++t) {
@@ -291,6 +293,7 @@ void block_sparse_attention_backward(const BlockSparseProblem& p, Threads& threa
   run_grid(
       GridPass::key_gradient, p, tiles.count(), static_cast<int>(p.pattern.block_k),
       [&] { return std::make_unique<KeySchedule>(p, tiles, transposes); }, threads);
+  if (explain::notes() != nullptr) return;
   clear_rows(p, p.dq, p.queries.end(p.queries.count - 1), p.queries.total, p.num_heads(), p.head_dim);
   const int64_t unowned = p.keys.end(p.keys.count - 1);
   clear_rows(p, p.dk, unowned, p.keys.total, p.num_kv_heads, p.head_dim);

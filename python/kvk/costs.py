@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvk.formats.quant import QuantFormat
+from kvk.reference.neighborhood import axis_mask
 
 Arguments = dict[str, Any]
 
@@ -95,6 +96,53 @@ def _merge(a: Arguments) -> Cost:
     )
 
 
+def _visited(a: Arguments) -> int:
+    """(query, key) pairs of all heads in the blocks that a pattern names, causality counted."""
+    q, k, pointers = a["q"], a["k"], a["row_ptr"].cpu()
+    columns = a["col_idx"].cpu().long()
+    block_q, block_k = a["block_q"], a["block_k"]
+    starts = [a.get(f"cu_seqlens_{x}") for x in "qk"]
+    lens_q, lens_k = (
+        [x.shape[0]] if s is None else s.cpu().long().diff().tolist()
+        for s, x in zip(starts, (q, k), strict=True)
+    )
+    pairs = 0
+    for b, (len_q, len_k) in enumerate(zip(lens_q, lens_k, strict=True)):
+        for h in range(pointers.shape[1]):
+            of = b if pointers.shape[0] > 1 else 0, h
+            counts = pointers[of].diff()
+            row = torch.arange(len(counts)).repeat_interleave(counts)
+            first, last = int(pointers[of][0]), int(pointers[of][-1])
+            key = columns[of][first:last] * block_k
+            for i in range(block_q):
+                query = row * block_q + i
+                end = query + 1 + len_k - len_q if a.get("causal") else torch.full_like(query, len_k)
+                end = torch.minimum(end, (key + block_k).clamp(max=len_k))
+                pairs += int(torch.where(query < len_q, (end - key).clamp(min=0), 0).sum())
+    return pairs * (q.shape[1] if pointers.shape[1] == 1 else 1)
+
+
+def _block_sparse(a: Arguments) -> Cost:
+    q, k, v = a["q"], a["k"], a["v"]
+    out = q.shape[0] * q.shape[1] * (v.shape[-1] * q.element_size() + 4)
+    moved = sum(map(_size, (q, k, v, a["row_ptr"], a["col_idx"]))) + out
+    return Cost(moved, 2 * (q.shape[-1] + v.shape[-1]) * _visited(a), "read")
+
+
+def _neighborhood(a: Arguments) -> Cost:
+    q, k, v = a["q"], a["k"], a["v"]
+    extents = q.shape[1:-2]
+    pairs = q.shape[0] * q.shape[-2]
+    for d, extent in enumerate(extents):
+        axis = [a["kernel_size"], a.get("stride", 1), a.get("dilation", 1), a.get("is_causal", False)]
+        kernel, stride, dilation, causal = (
+            x if isinstance(x, int) else x[d if len(x) > 1 else 0] for x in axis
+        )
+        pairs *= int(axis_mask(extent, kernel, stride, dilation, bool(causal)).sum())
+    out = q.numel() // q.shape[-1] * (v.shape[-1] * q.element_size() + 4)
+    return Cost(sum(map(_size, (q, k, v))) + out, 2 * (q.shape[-1] + v.shape[-1]) * pairs, "read")
+
+
 def _hadamard(a: Arguments) -> Cost:
     x = a["x"]
     n = x.shape[-1]
@@ -132,6 +180,8 @@ COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "paged_prefill": _paged,
     "append_kv": _append,
     "merge_states": _merge,
+    "block_sparse_attention": _block_sparse,
+    "neighborhood_attention": _neighborhood,
     "quant_decode": _quant,
     "quant_prefill": _quant,
     "quantize_pages": _quantize_pages,

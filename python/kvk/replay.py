@@ -109,6 +109,8 @@ REFERENCES: dict[str, Reference] = {
     "quant_decode": _both_ways(_named_records(_with_format(reference.quant_decode)), _ATTENTION, "q"),
     "quant_prefill": _both_ways(_named_records(_with_format(reference.quant_prefill)), _ATTENTION, "q"),
     "merge_states": _both_ways(reference.merge_states, _ATTENTION, "out"),
+    "block_sparse_attention": _both_ways(reference.block_sparse_attention, _ATTENTION, "q"),
+    "neighborhood_attention": _both_ways(reference.neighborhood_attention, _ATTENTION, "q"),
     "hadamard": _both_ways(_hadamard, ("out",), "x"),
     "hadamard_": _transform_in_place,
     "append_kv": _in_place(reference.append_kv, ("k_pages", "v_pages")),

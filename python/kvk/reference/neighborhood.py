@@ -40,7 +40,8 @@ def axis_mask(
 
 
 def _each(value: T | Sequence[T], n: int) -> list[T]:
-    return [value] * n if isinstance(value, (int, bool)) else list(value)
+    values = [value] if isinstance(value, (int, bool)) else list(value)
+    return values * n if len(values) == 1 else values
 
 
 def neighborhood_mask(

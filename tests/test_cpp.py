@@ -9,9 +9,11 @@ import shutil
 import signal
 from pathlib import Path
 
+import kvk
 import pytest
 import torch
 from building import ROOT, cmake_build, lock, run, tool
+from kvk import replay
 
 LEVELS = ["x86-64-v2", "x86-64-v3", "x86-64-v4"]
 PROGRAMS = ["errors", "merge", "paged", "sweep", "threads"]
@@ -137,10 +139,20 @@ def test_a_level_shows_its_table_alone(build: Path, level: str) -> None:
     assert symbols[2::3] == [f"kvk_cpu_kernels_{level}"]
 
 
-def test_cmake_package(build: Path, tmp_path: Path) -> None:
-    """examples/cpp finds the installed package, compiles without a warning and runs."""
-    prefix = tmp_path / "prefix"
+@pytest.fixture(scope="session")
+def prefix(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ library as it is installed."""
+    prefix = tmp_path_factory.mktemp("installed") / "prefix"
     run([tool("cmake"), "--install", build, "--component", "cpp", "--prefix", prefix])
+    return prefix
+
+
+def library_folder(prefix: Path) -> Path:
+    return next(prefix.rglob("libkvk_core.so")).parent
+
+
+def test_cmake_package(prefix: Path, tmp_path: Path) -> None:
+    """examples/cpp finds the installed package, compiles without a warning and runs."""
     assert not list(prefix.rglob("libtorch*")) and not list(prefix.rglob("libkvk.so"))
     flags = "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"
     cmake_build(ROOT / "examples" / "cpp", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}", flags)
@@ -149,6 +161,59 @@ def test_cmake_package(build: Path, tmp_path: Path) -> None:
     assert re.fullmatch(r"kvk \d+\.\d+\.\d+, \S+: out 0\.5, lse 6\.7555\n", output)
     needed = run([tool("readelf"), "-d", tmp_path / "build" / "decode"]).stdout
     assert "libkvk_core.so.0" in needed and "torch" not in needed
+
+
+def test_names_of_the_library(prefix: Path) -> None:
+    """libkvk_core.so -> .so.0 -> .so.0.1.0: the file has the version, the soname what programs depend on."""
+    folder, version = library_folder(prefix), kvk.__version__
+    links = {path.name: path.resolve().name for path in folder.glob("libkvk_core.so*")}
+    file = f"libkvk_core.so.{version}"
+    assert links == dict.fromkeys(["libkvk_core.so", "libkvk_core.so.0", file], file)
+    dynamic = run([tool("readelf"), "-d", folder / file]).stdout
+    assert re.findall(r"\(SONAME\).*\[(.*)\]", dynamic) == ["libkvk_core.so.0"]
+    undefined = run([tool("nm"), "-D", "--undefined-only", folder / file]).stdout
+    assert "torch" not in undefined and "Py" not in undefined
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_pkg_config(prefix: Path, compiler: str, tmp_path: Path) -> None:
+    """The flags that pkg-config gives build and run the example, with every warning an error."""
+    folder = library_folder(prefix)
+    env = {"PKG_CONFIG_PATH": str(folder / "pkgconfig")}
+    program = shutil.which("pkg-config") or shutil.which("pkgconf")
+    if program is None:  # what it would print, from the file itself
+        lines = dict(re.findall(r"^(\w+)=(.*)$", (folder / "pkgconfig" / "kvk.pc").read_text(), re.MULTILINE))
+        assert lines["prefix"] == str(prefix)
+        flags = ["-std=c++20", f"-I{prefix / 'include'}", f"-L{folder}", "-lkvk_core"]
+    else:
+        assert run([program, "--modversion", "kvk"], env=env).stdout.strip() == kvk.__version__
+        flags = run([program, "--cflags", "--libs", "kvk"], env=env).stdout.split()
+    source, made = ROOT / "examples" / "cpp" / "decode.cc", tmp_path / "decode"
+    run([compiler, "-Wall", "-Wextra", "-Werror", source, *flags, f"-Wl,-rpath,{folder}", "-o", made])
+    assert "out 0.5, lse 6.7555" in run([made]).stdout
+
+
+def test_engine(prefix: Path, tmp_path: Path) -> None:
+    """examples/cpp_engine: a decode loop, its result held against its own computation in double; its calls recorded."""
+    flags = "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"
+    cmake_build(ROOT / "examples" / "cpp_engine", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}", flags)
+    env = {"KVK_LOG": "1", "KVK_DUMP": str(tmp_path / "dump"), "KVK_DUMP_CALLS": "200"}
+    done = run([tmp_path / "build" / "engine"], env=env)
+    assert re.fullmatch(
+        r"200 steps of 4 requests at \S+: 9\.0 bits an element in full pages, .*\n", done.stdout
+    )
+    log = done.stderr.splitlines()
+    assert sum(line.startswith("kvk: quant_decode(q=float32[4, 8, 64]") for line in log) == 200
+    assert sum(line.startswith("kvk: append_kv(") for line in log) == 200
+    packed = sum(line.startswith("kvk: quantize_pages(") for line in log)
+    assert packed == 200 // 32 + 155 // 32 + 110 // 32 + 65 // 32  # no two requests fill a page at once
+    files = sorted((tmp_path / "dump").iterdir())
+    assert len(files) == 200
+    some = [
+        next(file for file in reversed(files) if op in file.name)
+        for op in ("append_kv", "quantize", "decode")
+    ]
+    assert replay.main([str(file) for file in some]) == 0
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)

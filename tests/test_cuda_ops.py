@@ -10,6 +10,8 @@ import random
 from typing import Any
 
 import pytest
+import test_cuda_ops_hadamard
+import test_cuda_ops_quant
 import torch
 from card import Card, EmulatedCard
 from hypothesis import given, settings
@@ -349,8 +351,10 @@ def test_every_kernel_of_the_emulated_library_is_launched():
         card.ops._check_values(True)
         card.run(make_case([600], **BF16))
         card.ops.append_kv(*rows, *pools, torch.tensor([5]))
+        test_cuda_ops_quant.launch_every_kernel(card)
     finally:
         card.ops._check_values(False)
+    test_cuda_ops_hadamard.launch_every_kernel(card)
     assert launched(card) == set(card.ops._known_kernels().split())
 
 

@@ -3,7 +3,9 @@
 #include "core/describe.h"
 #include "core/paged_check.h"
 #include "core/quant_check.h"
+#include "core/value_errors.h"
 #include "cpu/backend.h"
+#include "cuda/backend.h"
 
 namespace kvk {
 namespace {
@@ -19,9 +21,7 @@ void check_ids(const ArgChecker& check, const Tensor& ids, const char* name, int
   if (check.device().type != DeviceType::cpu) return;
   for (int64_t i = 0; i < ids.shape[0]; ++i) {
     const int64_t page = ids.ptr<const int32_t>()[i * ids.stride[0]];
-    if (page < 0 || page >= num_pages) {
-      fail(check.op(), name, " must name pages of the ", num_pages, " of its pool, got ", page, " at entry ", i);
-    }
+    if (page < 0 || page >= num_pages) fail_id(check.op(), name, num_pages, page, i);
   }
 }
 
@@ -76,8 +76,9 @@ void quantize_pages(const QuantizePagesArgs& args, const Context& context) {
   check_ids(check, args.dst, "dst", args.src.shape[0], num_pages);
   check_clip(check, args.k_clip, "k_clip");
   check_clip(check, args.v_clip, "v_clip");
-  on_cpu_only(check, args.k_pages, "k_pages", check.device());
-  cpu::quantize_pages(args, threads_of(context));
+  by_device(
+      check.op(), args.k_pages, "k_pages", [&] { cpu::quantize_pages(args, threads_of(context)); },
+      [&] { cuda::quantize_pages(args, context); });
 }
 
 void dequantize_pages(const DequantizePagesArgs& args, const Context& context) {
@@ -99,8 +100,9 @@ void dequantize_pages(const DequantizePagesArgs& args, const Context& context) {
     check.last_stride_one(*out, out == &args.k ? "k" : "v");
     check.writable(*out, out == &args.k ? "k" : "v");
   }
-  on_cpu_only(check, args.k_pool, "k_pool", check.device());
-  cpu::dequantize_pages(args, threads_of(context));
+  by_device(
+      check.op(), args.k_pool, "k_pool", [&] { cpu::dequantize_pages(args, threads_of(context)); },
+      [&] { cuda::dequantize_pages(args, context); });
 }
 
 void quant_decode(const QuantDecodeArgs& args, const Context& context) {
@@ -124,8 +126,9 @@ void quantize(const QuantizeArgs& args, const Context& context) {
   const ArgChecker check("quantize", args.x.device);
   check_rows(check, args.x, "x", args.part, args.codes, args.scale, args.min);
   check_clip(check, args.clip, "clip");
-  on_cpu_only(check, args.x, "x", check.device());
-  cpu::quantize(args, threads_of(context));
+  by_device(
+      check.op(), args.x, "x", [&] { cpu::quantize(args, threads_of(context)); },
+      [&] { cuda::quantize(args, context); });
 }
 
 void dequantize(const DequantizeArgs& args, const Context& context) {
@@ -133,8 +136,9 @@ void dequantize(const DequantizeArgs& args, const Context& context) {
   const ArgChecker check("dequantize", args.codes.device);
   check_rows(check, args.x, "x", args.part, args.codes, args.scale, args.min);
   check.writable(args.x, "x");
-  on_cpu_only(check, args.codes, "codes", check.device());
-  cpu::dequantize(args, threads_of(context));
+  by_device(
+      check.op(), args.codes, "codes", [&] { cpu::dequantize(args, threads_of(context)); },
+      [&] { cuda::dequantize(args, context); });
 }
 
 }  // namespace kvk

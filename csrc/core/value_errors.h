@@ -46,4 +46,8 @@ namespace kvk {
   fail(op, "slot_mapping: token ", token, " goes to slot ", slot, " of a pool of ", num_pages, " pages of ", page_size);
 }
 
+[[noreturn]] inline void fail_id(const char* op, const char* name, int64_t num_pages, int64_t page, int64_t entry) {
+  fail(op, name, " must name pages of the ", num_pages, " of its pool, got ", page, " at entry ", entry);
+}
+
 }  // namespace kvk

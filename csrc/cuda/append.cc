@@ -4,7 +4,6 @@
 #include "kvk/device/append_kv_params.h"
 
 namespace kvk::cuda {
-namespace {
 
 bool rows_on_16_bytes(const Tensor& t) {
   const int64_t size = element_size(t.dtype);
@@ -12,8 +11,6 @@ bool rows_on_16_bytes(const Tensor& t) {
   for (int i = 0; i + 1 < t.ndim; ++i) aligned &= t.shape[i] <= 1 || t.stride[i] * size % 16 == 0;
   return aligned;
 }
-
-}  // namespace
 
 void launch_append_kv(const AppendKvArgs& args, Launcher& launcher) {
   const auto rows = [](const Tensor& t) { return device::RowsView{t.data, t.stride[0], t.stride[1]}; };

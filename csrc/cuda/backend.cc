@@ -61,4 +61,37 @@ void read_memory(Device device, void* stream, void* host, const void* from, size
   launcher.read(host, from, bytes);
 }
 
+void hadamard(const HadamardArgs& args, const Context& context) {
+  DriverLauncher launcher(args.x.device.index, context.cuda_stream);
+  launch_hadamard(args, launcher);
+}
+
+void quantize_pages(const QuantizePagesArgs& args, const Context& context) {
+  DriverLauncher launcher(args.k_pages.device.index, context.cuda_stream);
+  if (check_mode()) {
+    ContextWorkspace workspace("quantize_pages", args.k_pages.device, context);
+    check_quantize_ids(args, launcher, workspace);
+  }
+  launch_quantize_pages(args, launcher);
+}
+
+void dequantize_pages(const DequantizePagesArgs& args, const Context& context) {
+  DriverLauncher launcher(args.k_pool.device.index, context.cuda_stream);
+  if (check_mode()) {
+    ContextWorkspace workspace("dequantize_pages", args.k_pool.device, context);
+    check_dequantize_ids(args, launcher, workspace);
+  }
+  launch_dequantize_pages(args, launcher);
+}
+
+void quantize(const QuantizeArgs& args, const Context& context) {
+  DriverLauncher launcher(args.x.device.index, context.cuda_stream);
+  launch_quantize(args, launcher);
+}
+
+void dequantize(const DequantizeArgs& args, const Context& context) {
+  DriverLauncher launcher(args.codes.device.index, context.cuda_stream);
+  launch_dequantize(args, launcher);
+}
+
 }  // namespace kvk::cuda

@@ -5,7 +5,9 @@
 
 #include "core/paged_problem.h"
 #include "kvk/context.h"
+#include "kvk/hadamard.h"
 #include "kvk/paged.h"
+#include "kvk/quant.h"
 
 namespace kvk::cuda {
 
@@ -15,6 +17,11 @@ void paged_attention(const char* op, const PagedProblem& problem, int64_t list_e
 void append_kv(const AppendKvArgs& args, const Context& context);
 void merge_states(const MergeStatesArgs& args, const Context& context);
 void merge_states_backward(const MergeStatesBackwardArgs& args, const Context& context);
+void hadamard(const HadamardArgs& args, const Context& context);
+void quantize_pages(const QuantizePagesArgs& args, const Context& context);
+void dequantize_pages(const DequantizePagesArgs& args, const Context& context);
+void quantize(const QuantizeArgs& args, const Context& context);
+void dequantize(const DequantizeArgs& args, const Context& context);
 
 // Waits for the stream and copies from the card: what recording does (csrc/core/dump.h).
 void read_memory(Device device, void* stream, void* host, const void* from, size_t bytes);

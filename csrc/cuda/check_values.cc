@@ -13,6 +13,7 @@ constexpr uint32_t kThreads = 512;  // of the one block: enough for debugging
 
 Kernel table_kernel() { return {kHeader, "kvk::device::check_table_kernel<" + std::to_string(kThreads) + ">"}; }
 Kernel slots_kernel() { return {kHeader, "kvk::device::check_slots_kernel<" + std::to_string(kThreads) + ">"}; }
+Kernel ids_kernel() { return {kHeader, "kvk::device::check_ids_kernel<" + std::to_string(kThreads) + ">"}; }
 
 template <class Params>
 BadValue find_bad_value(const Kernel& kernel, Params params, Launcher& launcher, Workspace& workspace) {
@@ -61,6 +62,30 @@ void check_slot_values(const AppendKvArgs& args, Launcher& launcher, Workspace& 
   if (bad.kind == BadValue::kSlot) fail_slot("append_kv", bad.index, bad.value, num_pages, page_size);
 }
 
-std::vector<Kernel> check_kernels() { return {table_kernel(), slots_kernel()}; }
+namespace {
+
+void check_ids(const char* op, const Tensor& ids, const char* name, int64_t num_pages, Launcher& launcher,
+               Workspace& workspace) {
+  device::CheckIdsParams params = {};
+  params.ids = ids.ptr<const int32_t>();
+  params.stride = ids.stride[0];
+  params.count = ids.shape[0];
+  params.num_pages = num_pages;
+  const BadValue bad = find_bad_value(ids_kernel(), params, launcher, workspace);
+  if (bad.kind == BadValue::kId) fail_id(op, name, num_pages, bad.value, bad.index);
+}
+
+}  // namespace
+
+void check_quantize_ids(const QuantizePagesArgs& args, Launcher& launcher, Workspace& workspace) {
+  check_ids("quantize_pages", args.src, "src", args.k_pages.shape[0], launcher, workspace);
+  check_ids("quantize_pages", args.dst, "dst", args.k_pool.shape[0], launcher, workspace);
+}
+
+void check_dequantize_ids(const DequantizePagesArgs& args, Launcher& launcher, Workspace& workspace) {
+  check_ids("dequantize_pages", args.ids, "ids", args.k_pool.shape[0], launcher, workspace);
+}
+
+std::vector<Kernel> check_kernels() { return {table_kernel(), slots_kernel(), ids_kernel()}; }
 
 }  // namespace kvk::cuda

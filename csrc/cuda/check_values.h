@@ -9,8 +9,10 @@ namespace kvk::cuda {
 void check_table_values(const char* op, const PagedProblem& problem, int64_t list_entries, Launcher& launcher,
                         Workspace& workspace);
 void check_slot_values(const AppendKvArgs& args, Launcher& launcher, Workspace& workspace);
+void check_quantize_ids(const QuantizePagesArgs& args, Launcher& launcher, Workspace& workspace);
+void check_dequantize_ids(const DequantizePagesArgs& args, Launcher& launcher, Workspace& workspace);
 
-// The kernels of both.
+// The kernels of all.
 std::vector<Kernel> check_kernels();
 
 }  // namespace kvk::cuda

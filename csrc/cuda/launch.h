@@ -7,7 +7,10 @@
 
 #include "core/paged_problem.h"
 #include "cuda/launcher.h"
+#include "kvk/device/hadamard_params.h"
+#include "kvk/hadamard.h"
 #include "kvk/paged.h"
+#include "kvk/quant.h"
 
 namespace kvk::cuda {
 
@@ -23,12 +26,27 @@ void launch_paged_attention(const PagedProblem& problem, int64_t list_entries, L
 void launch_append_kv(const AppendKvArgs& args, Launcher& launcher);
 void launch_merge_states(const MergeStatesArgs& args, Launcher& launcher);
 void launch_merge_states_backward(const MergeStatesBackwardArgs& args, Launcher& launcher);
+void launch_hadamard(const HadamardArgs& args, Launcher& launcher);
+void launch_quantize_pages(const QuantizePagesArgs& args, Launcher& launcher);
+void launch_dequantize_pages(const DequantizePagesArgs& args, Launcher& launcher);
+void launch_quantize(const QuantizeArgs& args, Launcher& launcher);
+void launch_dequantize(const DequantizeArgs& args, Launcher& launcher);
 
 // The kernels that precompile compiles when it is not told which: common head dims, no score options.
 std::vector<Kernel> default_kernels();
+std::vector<Kernel> default_quant_kernels();
 
 // "kvk::device::NAME<kvk::device::bf16, ARG, ..>"
 std::string kernel_type(DType dtype);
+
+// Whether every row, along the last dimension, starts on a multiple of 16 bytes and is as long.
+bool rows_on_16_bytes(const Tensor& t);
+// All dimensions of t but the last ones.
+device::RowGrid row_grid(const Tensor& t, int trailing);
+Kernel hadamard_kernel(DType dtype, int64_t n, bool transpose);
+
+// Blocks along x, of kernels that loop over what is left.
+inline uint32_t grid_size(int64_t blocks) { return static_cast<uint32_t>(blocks < 0x7fffffff ? blocks : 0x7fffffff); }
 
 // Queues a kernel with its struct of parameters; threads along x alone.
 template <class Params>

@@ -135,6 +135,7 @@ std::vector<Kernel> default_kernels() {
   }
   kernels.push_back({"kvk/device/append_kv.cuh", "kvk::device::append_kv_kernel<2>"});
   for (const Kernel& kernel : check_kernels()) kernels.push_back(kernel);
+  for (const Kernel& kernel : default_quant_kernels()) kernels.push_back(kernel);
   for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
     for (const char* name : {"merge_states_kernel", "merge_states_backward_kernel"}) {
       kernels.push_back({"kvk/device/merge_states.cuh", instance(name, dtype)});

@@ -6,20 +6,13 @@
 
 #include "kvk/api.h"
 #include "kvk/context.h"
+#include "kvk/device/hadamard_params.h"
 #include "kvk/types.h"
 
 namespace kvk {
 
-inline constexpr int64_t kMaxHadamard = 32768;
-
-// The m of n = m * 2**k with m in {1, 12, 20, 28, 40}, the largest where several fit; 0 where none does.
-constexpr int hadamard_order(int64_t n) {
-  if (n < 1 || n > kMaxHadamard) return 0;
-  for (const int m : {40, 28, 20, 12, 1}) {
-    if (n % m == 0 && (n / m & (n / m - 1)) == 0) return m;
-  }
-  return 0;
-}
+using device::hadamard_order;  // the m of n = m * 2**k; 0 where there is none
+using device::kMaxHadamard;
 
 // out = scale * H x along the last dimension, with H = H_m (x) H_{2**k}: the index of the m chunks of 2**k elements is the
 // slow one. H_{2**k} is Sylvester's, H_m that of fast-hadamard-transform (docs/hadamard.md).

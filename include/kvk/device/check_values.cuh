@@ -159,4 +159,23 @@ check_slots_kernel(const __grid_constant__ CheckSlotsParams p) {
   *p.found = bad;
 }
 
+template <int kThreads>
+KVK_KERNEL(kThreads, 1)
+check_ids_kernel(const __grid_constant__ CheckIdsParams p) {
+  uint64_t first = kAllGood;
+  for (int64_t i = threadIdx.x; i < p.count && first == kAllGood; i += kThreads) {
+    const int32_t page = p.ids[i * p.stride];
+    if (page < 0 || page >= p.num_pages) first = static_cast<uint64_t>(i);
+  }
+  first = block_min<kThreads>(first);
+  if (threadIdx.x != 0) return;
+  BadValue bad;
+  if (first != kAllGood) {
+    bad.kind = BadValue::kId;
+    bad.index = static_cast<int64_t>(first);
+    bad.value = p.ids[bad.index * p.stride];
+  }
+  *p.found = bad;
+}
+
 }  // namespace kvk::device

@@ -17,6 +17,7 @@ struct BadValue {
     kPage,             // value: the page; index: the request; entry: where in its list
     kTokensPastMask,   // value: tokens; index: the request
     kSlot,             // value: the slot; index: the token
+    kId,               // value: the page; index: the entry
   };
   Kind kind = kNone;
   int32_t of_queries = 0;  // starts: of qo_indptr, not of page_indptr
@@ -34,6 +35,12 @@ struct CheckTableParams {
 struct CheckSlotsParams {
   const int64_t* slots;
   int64_t slot_stride, num_tokens, num_slots;
+  BadValue* found;
+};
+
+struct CheckIdsParams {
+  const int32_t* ids;
+  int64_t stride, count, num_pages;
   BadValue* found;
 };
 

@@ -212,6 +212,40 @@ void merge_states_backward(const MergeStatesBackwardArgs& args, const Context&) 
 
 void read_memory(Device, void*, void* host, const void* from, size_t bytes) { std::memcpy(host, from, bytes); }
 
+void hadamard(const HadamardArgs& args, const Context&) {
+  // In place the input is the output: what it holds stays.
+  const bool in_place = args.x.data == args.out.data;
+  const Call call({in_place ? nullptr : args.out.data}, {in_place ? args.out.data : nullptr});
+  NotedLauncher launcher;
+  launch_hadamard(args, launcher);
+}
+
+void quantize_pages(const QuantizePagesArgs& args, const Context&) {
+  check_first([&](Launcher& launcher, Workspace& workspace) { check_quantize_ids(args, launcher, workspace); });
+  const Call call({}, {args.k_pool.data, args.v_pool.data});
+  NotedLauncher launcher;
+  launch_quantize_pages(args, launcher);
+}
+
+void dequantize_pages(const DequantizePagesArgs& args, const Context&) {
+  check_first([&](Launcher& launcher, Workspace& workspace) { check_dequantize_ids(args, launcher, workspace); });
+  const Call call({args.k.data, args.v.data});
+  NotedLauncher launcher;
+  launch_dequantize_pages(args, launcher);
+}
+
+void quantize(const QuantizeArgs& args, const Context&) {
+  const Call call({args.codes.data, args.scale.data, args.min.data});
+  NotedLauncher launcher;
+  launch_quantize(args, launcher);
+}
+
+void dequantize(const DequantizeArgs& args, const Context&) {
+  const Call call({args.x.data});
+  NotedLauncher launcher;
+  launch_dequantize(args, launcher);
+}
+
 }  // namespace cuda
 
 // ---------------------------------------------------------------------------------------------- csrc/cpu
@@ -228,6 +262,11 @@ void paged_attention(const PagedProblem&, Threads&) { unexpected(); }
 void append_kv(const AppendKvArgs&, Threads&) { unexpected(); }
 void merge_states(const MergeStatesArgs&, Threads&) { unexpected(); }
 void merge_states_backward(const MergeStatesBackwardArgs&, Threads&) { unexpected(); }
+void hadamard(const HadamardArgs&, Threads&) { unexpected(); }
+void quantize_pages(const QuantizePagesArgs&, Threads&) { unexpected(); }
+void dequantize_pages(const DequantizePagesArgs&, Threads&) { unexpected(); }
+void quantize(const QuantizeArgs&, Threads&) { unexpected(); }
+void dequantize(const DequantizeArgs&, Threads&) { unexpected(); }
 
 }  // namespace cpu
 }  // namespace kvk

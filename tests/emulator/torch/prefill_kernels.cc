@@ -26,3 +26,4 @@ KVK_EMULATED_KERNEL(kvk::device::merge_states_backward_kernel<kvk::device::f16>)
 KVK_EMULATED_KERNEL(kvk::device::merge_states_backward_kernel<float>);
 KVK_EMULATED_KERNEL(kvk::device::check_table_kernel<512>);
 KVK_EMULATED_KERNEL(kvk::device::check_slots_kernel<512>);
+KVK_EMULATED_KERNEL(kvk::device::check_ids_kernel<512>);

@@ -4,20 +4,11 @@
 #include "core/backend.h"
 #include "core/describe.h"
 #include "core/paged_check.h"
+#include "core/run_attention.h"
 #include "cpu/backend.h"
 #include "cuda/backend.h"
 
 namespace kvk {
-namespace {
-
-void run_attention(const char* op, const PagedProblem& problem, const Tensor& q, const Tensor& page_indices,
-                   const Context& context) {
-  by_device(
-      op, q, "q", [&] { cpu::paged_attention(problem, threads_of(context)); },
-      [&] { cuda::paged_attention(op, problem, page_indices.shape[page_indices.ndim - 1], q.device, context); });
-}
-
-}  // namespace
 
 void paged_decode(const PagedDecodeArgs& args, const Context& context) {
   const record::Scope recorded("paged_decode", context, [&] { return record::fields_of(args); });

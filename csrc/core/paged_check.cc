@@ -45,10 +45,7 @@ void check_page(const ArgChecker& check, const PoolShape& pool, int64_t entry, i
   const char* kind = "";
   if (pool.num_dense_pages >= 0 && entry >= 0) {
     const PageReference reference(entry);
-    if (reference.tag > 1) {
-      fail(check.op(), "page_indices: request ", request, " has a page with tag ", reference.tag,
-           ", want 0 (record) or 1 (dense) (entry ", index, " of its list)");
-    }
+    if (reference.tag > 1) fail_tag(check.op(), request, reference.tag, index);
     page = reference.page;
     if (reference.tag == 1) {
       limit = pool.num_dense_pages;
@@ -209,6 +206,7 @@ PagedProblem check_queries(const ArgChecker& check, const Queries& args, const P
   problem.num_tokens = num_tokens;
   problem.page_size = pool.page_size;
   problem.num_pages = pool.num_pages;
+  problem.num_dense_pages = pool.num_dense_pages;
   problem.q = rows_view(args.q);
   problem.causal = true;
   problem.mask_width = -1;
@@ -258,6 +256,8 @@ PagedProblem check_record_attention(const ArgChecker& check, const Args& args, c
                  {{"M"}, {"P", pool.page_size}, {"Hkv", pool.num_kv_heads}, {"D", pool.head_dim}});
     check.tensor(*args.v_pages, "v_pages", args.q.dtype,
                  {{"M"}, {"P", pool.page_size}, {"Hkv", pool.num_kv_heads}, {"Dv", pool.head_dim_v}});
+    check.aligned_rows(*args.k_pages, "k_pages");
+    check.aligned_rows(*args.v_pages, "v_pages");
     pool.num_dense_pages = dense.num_pages;
   }
   PagedProblem problem =

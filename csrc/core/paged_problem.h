@@ -37,8 +37,9 @@ struct PagedProblem : device::PagedProblem {
   DType dtype;
   const RecordPools* records = nullptr;  // null: all pages are dense; else one of these, by the format
   const QuantPools* quant = nullptr;
-  int64_t num_pages = 0;    // of the pool; with records, theirs
-  int64_t mask_words = -1;  // of a row of mask_bits; -1: no mask
+  int64_t num_pages = 0;         // of the pool; with records, theirs
+  int64_t num_dense_pages = -1;  // beside records; -1: page references carry no tag
+  int64_t mask_words = -1;       // of a row of mask_bits; -1: no mask
 
   // The row of key_bias that a page reference means.
   int64_t bias_row(int64_t reference) const {

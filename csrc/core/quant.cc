@@ -3,17 +3,13 @@
 #include "core/describe.h"
 #include "core/paged_check.h"
 #include "core/quant_check.h"
+#include "core/run_attention.h"
 #include "core/value_errors.h"
 #include "cpu/backend.h"
 #include "cuda/backend.h"
 
 namespace kvk {
 namespace {
-
-void on_cpu_only(const ArgChecker& check, const Tensor& first, const char* name, Device device) {
-  by_device(
-      check.op(), first, name, [] {}, [&] { fail(check.op(), name, " must be on cpu, got ", device_name(device)); });
-}
 
 // Page ids: int32 [n], each within the pool. Values on a card are trusted.
 void check_ids(const ArgChecker& check, const Tensor& ids, const char* name, int64_t count, int64_t num_pages) {
@@ -109,16 +105,14 @@ void quant_decode(const QuantDecodeArgs& args, const Context& context) {
   const record::Scope recorded("quant_decode", context, [&] { return record::fields_of(args); });
   QuantPools pools = {};
   const PagedProblem problem = check_quant_decode(args, pools);
-  on_cpu_only(ArgChecker("quant_decode", args.q.device), args.q, "q", args.q.device);
-  cpu::paged_attention(problem, threads_of(context));
+  run_attention("quant_decode", problem, args.q, args.table.page_indices, context);
 }
 
 void quant_prefill(const QuantPrefillArgs& args, const Context& context) {
   const record::Scope recorded("quant_prefill", context, [&] { return record::fields_of(args); });
   QuantPools pools = {};
   const PagedProblem problem = check_quant_prefill(args, pools);
-  on_cpu_only(ArgChecker("quant_prefill", args.q.device), args.q, "q", args.q.device);
-  cpu::paged_attention(problem, threads_of(context));
+  run_attention("quant_prefill", problem, args.q, args.table.page_indices, context);
 }
 
 void quantize(const QuantizeArgs& args, const Context& context) {

@@ -37,6 +37,11 @@ namespace kvk {
        " pages (entry ", entry, " of its list)");
 }
 
+[[noreturn]] inline void fail_tag(const char* op, int64_t request, int64_t tag, int64_t entry) {
+  fail(op, "page_indices: request ", request, " has a page with tag ", tag, ", want 0 (record) or 1 (dense) (entry ",
+       entry, " of its list)");
+}
+
 [[noreturn]] inline void fail_tokens_past_mask(const char* op, int64_t words, int64_t request, int64_t tokens) {
   fail(op, "mask_bits: ", words, " words a row hold ", words * 32, " bits, request ", request, " has ", tokens,
        " tokens");

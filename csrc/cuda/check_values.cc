@@ -31,6 +31,7 @@ void check_table_values(const char* op, const PagedProblem& problem, int64_t lis
   device::CheckTableParams params = {};
   params.problem = problem;
   params.num_pages = problem.num_pages;
+  params.num_dense_pages = problem.num_dense_pages;
   params.list_entries = list_entries;
   params.mask_words = problem.mask_words;
   const BadValue bad = find_bad_value(table_kernel(), params, launcher, workspace);
@@ -46,6 +47,8 @@ void check_table_values(const char* op, const PagedProblem& problem, int64_t lis
     case BadValue::kNegativeLen: fail_negative_len(op, bad.value, bad.index);
     case BadValue::kLenPastList: fail_len_past_list(op, bad.index, bad.value, bad.other, problem.page_size);
     case BadValue::kPage: fail_page(op, bad.index, "", bad.value, problem.num_pages, bad.entry);
+    case BadValue::kDensePage: fail_page(op, bad.index, "dense ", bad.value, problem.num_dense_pages, bad.entry);
+    case BadValue::kTag: fail_tag(op, bad.index, bad.value, bad.entry);
     case BadValue::kTokensPastMask: fail_tokens_past_mask(op, problem.mask_words, bad.index, bad.value);
     default: return;
   }

@@ -3,11 +3,13 @@
 #include "cuda/launch.h"
 
 #include <algorithm>
+#include <cmath>
 #include <sstream>
 
 #include "cuda/check_values.h"
 #include "kvk/device/paged_decode_params.h"
 #include "kvk/device/paged_prefill_params.h"
+#include "kvk/device/quant_pages_params.h"
 
 namespace kvk::cuda {
 namespace {
@@ -36,16 +38,73 @@ std::string instance(const char* name, DType dtype, Args... args) {
   return text.str();
 }
 
-// small: the shape for cards that give a block little shared memory.
-std::string decode_kernel(DType dtype, int head_dim, int head_dim_v, int halves, uint32_t parts, bool small = false) {
-  const std::string config = small ? instance("PagedDecodeConfig", dtype, head_dim, head_dim_v, halves, parts, "true")
-                                   : instance("PagedDecodeConfig", dtype, head_dim, head_dim_v, halves, parts);
-  return "kvk::device::paged_decode_kernel<" + config + ">";
+// A format of pages (kvk/device/page_format.h), as the launch code needs it.
+struct PageFormat {
+  std::string type;  // the kernels' template argument; empty: dense pages
+  device::QuantRecords records = {};
+  QuantFormat quant = {};
+
+  PageFormat() = default;
+  explicit PageFormat(const QuantPools& pools) : quant(pools.format) {
+    std::ostringstream text;
+    text << "kvk::device::QuantPages<" << std::boolalpha;
+    for (const QuantPart* part : {&quant.k, &quant.v}) {
+      text << (part == &quant.v ? ", " : "") << part->bits << ", " << part->group << ", " << part->along_tokens << ", "
+           << (part->rotate != 0);
+    }
+    text << ">";
+    type = text.str();
+    const QuantLayout k = quant.k_layout(), v = quant.v_layout();
+    records.k = {pools.k, pools.k_page_stride, pools.k_head_stride, k.scale_offset, k.min_offset};
+    records.v = {pools.v, pools.v_page_stride, pools.v_head_stride, v.scale_offset, v.min_offset};
+    records.num_pages = pools.num_pages;
+    records.k_rotate_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(quant.head_dim)));
+    records.v_rotate_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(quant.head_dim_v)));
+  }
+
+  device::StagedBytes staged(int keys) const {
+    if (type.empty()) return {};
+    return device::quant_staged(static_cast<int>(quant.head_dim), static_cast<int>(quant.head_dim_v), quant.k, quant.v,
+                                keys);
+  }
+  const char* header(const char* dense) const { return type.empty() ? dense : "kvk/device/quant_attention.cuh"; }
+  PagedDecodeShape decode_shape(int head_dim, int head_dim_v, int halves, bool small) const {
+    return PagedDecodeShape(head_dim, head_dim_v, halves, small, staged(PagedDecodeShape::kKeys));
+  }
+  PagedPrefillShape prefill_shape(int head_dim, int head_dim_v, bool small) const {
+    return PagedPrefillShape(head_dim, head_dim_v, small, [this](int keys) { return staged(keys); });
+  }
+};
+
+// NAME<type, ARGS.., small, format>, without the last ones where they are the default. small: the shape for cards that give a
+// block little shared memory.
+template <class... Args>
+std::string config(const char* name, DType dtype, const PageFormat& format, bool small, Args... args) {
+  if (!format.type.empty()) return instance(name, dtype, args..., small ? "true" : "false", format.type);
+  return small ? instance(name, dtype, args..., "true") : instance(name, dtype, args...);
 }
-std::string prefill_kernel(DType dtype, int head_dim, int head_dim_v, uint32_t parts, bool small = false) {
-  const std::string config = small ? instance("PagedPrefillConfig", dtype, head_dim, head_dim_v, parts, "true")
-                                   : instance("PagedPrefillConfig", dtype, head_dim, head_dim_v, parts);
-  return "kvk::device::paged_prefill_kernel<" + config + ">";
+Kernel decode_kernel(DType dtype, int head_dim, int head_dim_v, int halves, uint32_t parts, bool small = false,
+                     const PageFormat& format = {}) {
+  return {format.header(kDecodeHeader),
+          "kvk::device::paged_decode_kernel<" +
+              config("PagedDecodeConfig", dtype, format, small, head_dim, head_dim_v, halves, parts) + ">"};
+}
+Kernel prefill_kernel(DType dtype, int head_dim, int head_dim_v, uint32_t parts, bool small = false,
+                      const PageFormat& format = {}) {
+  return {format.header(kPrefillHeader),
+          "kvk::device::paged_prefill_kernel<" +
+              config("PagedPrefillConfig", dtype, format, small, head_dim, head_dim_v, parts) + ">"};
+}
+
+// Launches with the params of the format.
+template <class Quant, class Params>
+void launch_with(const PageFormat& format, Launcher& launcher, const Kernel& kernel, Dim3 grid, uint32_t threads,
+                 size_t shared_bytes, const Params& params) {
+  if (format.type.empty()) return launch(launcher, kernel, grid, threads, shared_bytes, params);
+  Quant with_records = {};
+  static_cast<Params&>(with_records) = params;
+  with_records.records = format.records;
+  launch(launcher, kernel, grid, threads, shared_bytes, with_records);
 }
 
 // Whether a block of this size needs the small shape on this card.
@@ -54,13 +113,14 @@ bool needs_small(size_t shared_bytes, const Launcher& launcher) {
 }
 
 // Streamed requests: those of few rows per kv head, split over blocks.
-void launch_streamed(const PagedProblem& p, int64_t list_entries, Launcher& launcher, Workspace& workspace) {
+void launch_streamed(const PagedProblem& p, const PageFormat& format, int64_t list_entries, Launcher& launcher,
+                     Workspace& workspace) {
   PagedDecodeParams params = {};
   params.problem = p;
   params.partial_rows = device::max_stream_rows(p.qo_indptr == nullptr, p.group);
   const int halves = params.partial_rows <= 8 ? 1 : 2;
-  const bool small = needs_small(PagedDecodeShape(p.head_dim, p.head_dim_v, halves).shared_bytes(), launcher);
-  const PagedDecodeShape shape(p.head_dim, p.head_dim_v, halves, small);
+  const bool small = needs_small(format.decode_shape(p.head_dim, p.head_dim_v, halves, false).shared_bytes(), launcher);
+  const PagedDecodeShape shape = format.decode_shape(p.head_dim, p.head_dim_v, halves, small);
   params.row_tiles = device::ceil_div(params.partial_rows, static_cast<int32_t>(shape.rows));
 
   int64_t most_keys = list_entries * p.page_size;
@@ -81,9 +141,9 @@ void launch_streamed(const PagedProblem& p, int64_t list_entries, Launcher& laun
   const int64_t pairs = int64_t{p.num_requests} * p.num_kv_heads * params.row_tiles;
   const int64_t wanted = device::ceil_div<int64_t>(8 * int64_t{launcher.properties().num_sms}, pairs);
   const uint32_t slots = static_cast<uint32_t>(std::clamp<int64_t>(wanted, 1, params.split_slots));
-  launch(launcher, {kDecodeHeader, decode_kernel(p.dtype, p.head_dim, p.head_dim_v, halves, score_parts(p), small)},
-         {static_cast<uint32_t>(pairs), slots, 1}, static_cast<uint32_t>(shape.threads()), shape.shared_bytes(),
-         params);
+  launch_with<device::QuantDecodeParams>(
+      format, launcher, decode_kernel(p.dtype, p.head_dim, p.head_dim_v, halves, score_parts(p), small, format),
+      {static_cast<uint32_t>(pairs), slots, 1}, static_cast<uint32_t>(shape.threads()), shape.shared_bytes(), params);
   if (params.split_slots > 1) {
     launch(launcher, {kDecodeHeader, instance("merge_splits_kernel", p.dtype, p.head_dim_v)},
            {static_cast<uint32_t>(device::ceil_div<int64_t>(rows, 4)), 1, 1}, 128, 0, params);
@@ -91,19 +151,38 @@ void launch_streamed(const PagedProblem& p, int64_t list_entries, Launcher& laun
 }
 
 // The other requests: blocks of many rows, all their keys.
-void launch_tiled(const PagedProblem& p, Launcher& launcher) {
+void launch_tiled(const PagedProblem& p, const PageFormat& format, Launcher& launcher) {
   PagedPrefillParams params = {};
   params.problem = p;
-  const bool small = needs_small(PagedPrefillShape(p.head_dim, p.head_dim_v).shared_bytes(), launcher);
-  const PagedPrefillShape shape(p.head_dim, p.head_dim_v, small);
+  const bool small = needs_small(format.prefill_shape(p.head_dim, p.head_dim_v, false).shared_bytes(), launcher);
+  const PagedPrefillShape shape = format.prefill_shape(p.head_dim, p.head_dim_v, small);
   // Every request may leave its last tile unfilled.
   const int64_t tiles = device::ceil_div<int64_t>(p.num_tokens * p.group, shape.rows) + p.num_requests;
-  launch(launcher, {kPrefillHeader, prefill_kernel(p.dtype, p.head_dim, p.head_dim_v, score_parts(p), small)},
-         {static_cast<uint32_t>(tiles), static_cast<uint32_t>(p.num_kv_heads), 1}, PagedPrefillShape::kThreads,
-         shape.shared_bytes(), params);
+  launch_with<device::QuantPrefillParams>(
+      format, launcher, prefill_kernel(p.dtype, p.head_dim, p.head_dim_v, score_parts(p), small, format),
+      {static_cast<uint32_t>(tiles), static_cast<uint32_t>(p.num_kv_heads), 1}, PagedPrefillShape::kThreads,
+      shape.shared_bytes(), params);
   const int64_t rows = p.num_tokens * p.num_kv_heads * p.group;
   launch(launcher, {kPrefillHeader, instance("clear_unowned_kernel", p.dtype, p.head_dim_v)},
          {static_cast<uint32_t>(device::ceil_div<int64_t>(rows, 4)), 1, 1}, 128, 0, params);
+}
+
+void launch_attention(const PagedProblem& problem, const PageFormat& format, int64_t list_entries, Launcher& launcher,
+                      Workspace& workspace) {
+  if (problem.num_requests > 0) launch_streamed(problem, format, list_entries, launcher, workspace);
+  if (problem.qo_indptr != nullptr) launch_tiled(problem, format, launcher);
+}
+
+Tensor rows_tensor(const PagedProblem& p, const RowsView& rows, int64_t dim) {
+  Tensor t;
+  t.data = rows.data;
+  t.dtype = p.dtype;
+  t.ndim = 3;
+  const int64_t shape[] = {p.num_tokens, int64_t{p.num_kv_heads} * p.group, dim};
+  const int64_t stride[] = {rows.token_stride, rows.head_stride, 1};
+  std::copy(shape, shape + 3, t.shape);
+  std::copy(stride, stride + 3, t.stride);
+  return t;
 }
 
 }  // namespace
@@ -111,8 +190,13 @@ void launch_tiled(const PagedProblem& p, Launcher& launcher) {
 void launch_paged_attention(const PagedProblem& problem, int64_t list_entries, Launcher& launcher,
                             Workspace& workspace) {
   if (problem.num_tokens == 0) return;
-  if (problem.num_requests > 0) launch_streamed(problem, list_entries, launcher, workspace);
-  if (problem.qo_indptr != nullptr) launch_tiled(problem, launcher);
+  if (problem.quant == nullptr) return launch_attention(problem, PageFormat(), list_entries, launcher, workspace);
+  const PageFormat format(*problem.quant);
+  launch_attention(problem, format, list_entries, launcher, workspace);
+  if (format.quant.v.rotate != 0) {  // out of the space of rotated values
+    const Tensor out = rows_tensor(problem, problem.out, problem.head_dim_v);
+    launch_hadamard({out, {}, true, out}, launcher);
+  }
 }
 
 std::string kernel_type(DType dtype) {
@@ -125,9 +209,8 @@ std::vector<Kernel> default_kernels() {
     for (const int head_dim : {64, 128, 256}) {
       for (const bool small : {false, true}) {
         if (small && head_dim == 64) continue;  // the usual shape fits every card
-        for (const int halves : {1, 2})
-          kernels.push_back({kDecodeHeader, decode_kernel(dtype, head_dim, head_dim, halves, 0, small)});
-        kernels.push_back({kPrefillHeader, prefill_kernel(dtype, head_dim, head_dim, 0, small)});
+        for (const int halves : {1, 2}) kernels.push_back(decode_kernel(dtype, head_dim, head_dim, halves, 0, small));
+        kernels.push_back(prefill_kernel(dtype, head_dim, head_dim, 0, small));
       }
       kernels.push_back({kDecodeHeader, instance("merge_splits_kernel", dtype, head_dim)});
       kernels.push_back({kPrefillHeader, instance("clear_unowned_kernel", dtype, head_dim)});

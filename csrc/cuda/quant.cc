@@ -13,7 +13,7 @@ using device::QuantParams;
 
 Kernel quant_kernel(const char* name, DType dtype, const QuantPart& part, int64_t dim) {
   const int64_t rotated = part.rotate ? dim : 0;
-  return {"kvk/device/quant.cuh", std::string("kvk::device::") + name + "<kvk::device::QuantConfig<" +
+  return {"kvk/device/quant.cuh", std::string("kvk::device::") + name + "<kvk::device::QuantCoding<" +
                                       kernel_type(dtype) + ", " + std::to_string(part.bits) + ", " +
                                       (part.along_tokens ? "true" : "false") + ", " + std::to_string(rotated) + ">>"};
 }

@@ -60,6 +60,22 @@ KVK_DEVICE int64_t list_capacity(const CheckTableParams& p, int64_t request, int
   return int64_t{list.indptr[(row + 1) * list.indptr_stride]} - list.indptr[row * list.indptr_stride];
 }
 
+// What is wrong with an entry of a page table: kNone, or the kind, with `value` what is named.
+struct PageVerdict {
+  BadValue::Kind kind;
+  int64_t value;
+};
+KVK_DEVICE PageVerdict judge_page(const CheckTableParams& p, int64_t entry) {
+  int64_t page = entry;
+  if (p.num_dense_pages >= 0 && entry >= 0) {
+    const int64_t tag = entry >> 28;
+    page = entry & 0x0fffffff;
+    if (tag > 1) return {BadValue::kTag, tag};
+    if (tag == 1) return {page < p.num_dense_pages ? BadValue::kNone : BadValue::kDensePage, page};
+  }
+  return {page >= 0 && page < p.num_pages ? BadValue::kNone : BadValue::kPage, page};
+}
+
 // Lengths, and the pages in use. The starts must be good.
 template <int kThreads>
 KVK_DEVICE bool good_lists(const CheckTableParams& p) {
@@ -78,8 +94,8 @@ KVK_DEVICE bool good_lists(const CheckTableParams& p) {
     }
     const int32_t* pages = list.pages(request, head);
     for (int64_t i = threadIdx.x % 32; i < ceil_div(len, page_size) && first == kAllGood; i += 32) {
-      const int64_t page = pages[i * list.index_stride];
-      if (page < 0 || page >= p.num_pages) first = static_cast<uint64_t>(row) << 32 | static_cast<uint64_t>(i + 1);
+      if (judge_page(p, pages[i * list.index_stride]).kind != BadValue::kNone)
+        first = static_cast<uint64_t>(row) << 32 | static_cast<uint64_t>(i + 1);
     }
   }
   first = block_min<kThreads>(first);
@@ -90,9 +106,10 @@ KVK_DEVICE bool good_lists(const CheckTableParams& p) {
     BadValue bad;
     bad.index = request;
     if (place > 0) {
-      bad.kind = BadValue::kPage;
       bad.entry = place - 1;
-      bad.value = list.pages(request, head)[bad.entry * list.index_stride];
+      const PageVerdict verdict = judge_page(p, list.pages(request, head)[bad.entry * list.index_stride]);
+      bad.kind = verdict.kind;
+      bad.value = verdict.value;
     } else {
       bad.value = list.len(request, head);
       bad.kind = bad.value < 0 ? BadValue::kNegativeLen : BadValue::kLenPastList;

@@ -17,6 +17,8 @@ struct BadValue {
     kPage,             // value: the page; index: the request; entry: where in its list
     kTokensPastMask,   // value: tokens; index: the request
     kSlot,             // value: the slot; index: the token
+    kDensePage,        // as kPage, of the dense pages beside records
+    kTag,              // value: the tag; index and entry as of kPage
     kId,               // value: the page; index: the entry
   };
   Kind kind = kNone;
@@ -27,8 +29,9 @@ struct BadValue {
 struct CheckTableParams {
   PagedProblem problem;
   int64_t num_pages;
-  int64_t list_entries;  // dense table: of one list; CSR: of all
-  int64_t mask_words;    // of a row; -1: no mask
+  int64_t num_dense_pages;  // beside records; -1: page references carry no tag
+  int64_t list_entries;     // dense table: of one list; CSR: of all
+  int64_t mask_words;       // of a row; -1: no mask
   BadValue* found;
 };
 

@@ -8,6 +8,7 @@
 // Pipeline: every warp has its own ring of stages filled by cp.async; no block barrier until the four warps merge.
 #pragma once
 
+#include "kvk/device/dense_pages.cuh"
 #include "kvk/device/paged_decode_params.h"
 #include "kvk/device/paged_item.cuh"
 #include "kvk/device/ptx.h"
@@ -17,52 +18,6 @@
 #include "kvk/device/types.h"
 
 namespace kvk::device {
-
-// A warp's ring of stages in shared memory.
-template <class Config>
-class KeyRing {
- public:
-  using T = typename Config::T;
-  static constexpr int kK = Config::kKeys * Config::kPitch, kV = Config::kKeys * Config::kPitchV;
-
-  KVK_DEVICE KeyRing(T* ring, float* bias, int warp)
-      : ring_(ring + warp * Config::kStages * (kK + kV)), bias_(bias + warp * Config::kStages * Config::kKeys) {}
-
-  KVK_DEVICE T* k(int stage) const { return ring_ + stage * (kK + kV); }
-  KVK_DEVICE T* v(int stage) const { return ring_ + stage * (kK + kV) + kK; }
-  KVK_DEVICE float* bias(int stage) const { return bias_ + stage * Config::kKeys; }
-
-  // Starts the copies of a tile whose keys lie at `mine` of lanes 0 to 15.
-  KVK_DEVICE void load(const PagedProblem& p, int stage, const KeyPlace& mine, int lane) const {
-    copy<Config::kHeadDim, Config::kDim, Config::kPitch>(k(stage), static_cast<const T*>(p.k.data), mine.k,
-                                                         mine.visible, lane);
-    copy<Config::kHeadDimV, Config::kDimV, Config::kPitchV>(v(stage), static_cast<const T*>(p.v.data), mine.v,
-                                                            mine.visible, lane);
-    if constexpr (Config::kParts & kKeyBias) {
-      if (lane < Config::kKeys) bias(stage)[lane] = mine.bias;
-    }
-  }
-
- private:
-  template <int kUsed, int kPadded, int kPitch>
-  KVK_DEVICE static void copy(T* to, const T* from, int64_t offset, bool visible, int lane) {
-    constexpr int kChunks = kPadded / 8, kRounds = Config::kKeys * kChunks / 32;
-    constexpr int kUnrolled = kRounds % 8 == 0 ? 8 : kRounds;  // more at a time would cost registers
-    KVK_NO_UNROLL
-    for (int first = 0; first < kRounds; first += kUnrolled) {
-      KVK_UNROLL
-      for (int i = 0; i < kUnrolled; ++i) {
-        const int index = (first + i) * 32 + lane, row = index / kChunks, chunk = index % kChunks;
-        const int64_t at = __shfl_sync(0xffffffffu, offset, row);
-        const bool valid = __shfl_sync(0xffffffffu, int{visible}, row) != 0 && chunk * 8 < kUsed;
-        ptx::cp_async<16>(to + row * kPitch + chunk * 8, from + (valid ? at + chunk * 8 : 0), valid);
-      }
-    }
-  }
-
-  T* ring_;
-  float* bias_;
-};
 
 // The rows and columns that a warp's fragments hold: attention state of kRows query rows over head_dim_v.
 template <class Config>
@@ -79,9 +34,15 @@ class DecodeRows {
     }
   }
 
-  // One tile of 16 keys, the first of them at position `first`.
+  // One tile of 16 keys, the first of them at position `first`. Of key i of the tile: bias(i), and, where queries have
+  // several terms, whether it is dense(i).
+  template <class Bias, class IsDense>
   KVK_DEVICE void attend(const PagedItem<Config::kParts>& item, const RowMask<Config::kParts> (&masks)[2],
-                         int32_t first, const T* k, const T* v, const float* bias) {
+                         int32_t first, const T* k, const T* v, const Bias& bias, const IsDense& dense) {
+    if constexpr (Config::kQueryTerms == 3) {
+      KVK_UNROLL
+      for (int i = 0; i < 2; ++i) dense_[i] = dense(lane_ / 4 + 8 * i);
+    }
     float s[2][4] = {};
     scores(k, s);
     bool hidden = false;  // some row does not see a key that another may see
@@ -93,7 +54,7 @@ class DecodeRows {
         const int column = tile * 8 + lane_ % 4 * 2 + i % 2;
         const int32_t key = first + column;
         const RowMask<Config::kParts>& mask = masks[i / 2];
-        const float b = Config::kParts & kKeyBias ? bias[column] : 0.0f;
+        const float b = bias(column);
         const bool seen = mask.sees(p_, key);
         hidden |= !seen && key >= item.begin && key < item.end;
         s[tile][i] = seen && key >= item.begin && key < item.end
@@ -143,20 +104,29 @@ class DecodeRows {
   KVK_DEVICE void scores(const T* k, float (&s)[2][4]) const {
     if constexpr (Config::kQueriesInRegisters) {
       KVK_UNROLL
-      for (int step = 0; step < kSteps; ++step) score_step(q_[step], k, step, s);
+      for (int step = 0; step < kSteps; ++step) score_step(q_[step], k, step, 0, s);
     } else {
       KVK_NO_UNROLL  // the output takes the registers
           for (int step = 0; step < kSteps; ++step) {
-        uint32_t a[4];
-        ptx::ldmatrix(a, query_row(step));
-        score_step(a, k, step, s);
+        KVK_UNROLL
+        for (int term = 0; term < Config::kQueryTerms; ++term) {
+          uint32_t a[4];
+          ptx::ldmatrix(a, query_row(step) + term * 16 * Config::kPitch);
+          score_step(a, k, step, term, s);
+        }
       }
     }
   }
 
-  KVK_DEVICE void score_step(const uint32_t (&a)[4], const T* k, int step, float (&s)[2][4]) const {
+  KVK_DEVICE void score_step(const uint32_t (&a)[4], const T* k, int step, [[maybe_unused]] int term,
+                             float (&s)[2][4]) const {
     uint32_t b[4];
     ptx::ldmatrix(b, k + (lane_ % 8 + lane_ / 16 * 8) * Config::kPitch + (step * 2 + lane_ / 8 % 2) * 8);
+    if constexpr (Config::kQueryTerms ==
+                  3) {  // a dense key counts with the query as it is, others with the rotated one
+      KVK_UNROLL
+      for (int i = 0; i < 4; ++i) b[i] = dense_[i / 2] == (term == 2) ? b[i] : 0u;
+    }
     ptx::mma_m16n8k16<T>(s[0], a, b[0], b[1]);
     ptx::mma_m16n8k16<T>(s[1], a, b[2], b[3]);
   }
@@ -210,6 +180,7 @@ class DecodeRows {
   Score<Config::kParts> score_;
   const T* queries_;
   int lane_;
+  bool dense_[2] = {};  // of this lane's columns of K
   uint32_t q_[Config::kQueriesInRegisters ? kSteps : 1][4];
   float out_[kTilesV][4] = {};
   RowState state_[2];
@@ -219,11 +190,11 @@ template <class Config>
 class DecodeBlock {
  public:
   using T = typename Config::T;
+  using Pages = typename Config::Pages;
+  using Params = typename Pages::DecodeParams;
 
-  KVK_DEVICE explicit DecodeBlock(const PagedDecodeParams& params) : params_(params), p_(params.problem) {
-    SmemCarver carve;
-    ring_ = carve.take<T>(Config::kShape.ring_elements(), 128);
-    bias_ = carve.take<float>(Config::kShape.biases());
+  KVK_DEVICE DecodeBlock(const Params& params, SmemCarver carve)
+      : params_(params), p_(params.problem), ring_(carve, params, threadIdx.x / 32) {
     queries_ = carve.take<T>(Config::kShape.query_elements());
     state_ = carve.take<RowState>(Config::kShape.states());
     lane_ = threadIdx.x % 32;
@@ -260,6 +231,11 @@ class DecodeBlock {
 
  private:
   KVK_DEVICE void load_queries() {
+    if constexpr (Config::kQueryTerms == 3) {
+      load_rotated_queries<Config, 16>(params_, item_, queries_, ring_.scratch());
+      __syncthreads();
+      return;
+    }
     constexpr int kChunks = Config::kDim / 8;
     for (int i = threadIdx.x; i < 16 * kChunks; i += Config::kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
@@ -275,7 +251,6 @@ class DecodeBlock {
   }
 
   KVK_DEVICE void attend() {
-    const KeyRing<Config> ring(ring_, bias_, warp_);
     DecodeRows<Config> rows(p_, queries_, lane_);
     RowMask<Config::kParts> masks[2];
     KVK_UNROLL
@@ -289,34 +264,33 @@ class DecodeBlock {
     const int32_t start = item_.begin + warp_ * Config::kKeys;
     const int tiles = item_.end > start ? ceil_div(item_.end - start, kStride) : 0;
     const auto place = [&](int tile) {
-      return lane_ < Config::kKeys && tile < tiles ? item_.place(p_, start + tile * kStride + lane_) : KeyPlace{};
+      return lane_ < Config::kKeys && tile < tiles ? Pages::place(params_, item_, start + tile * kStride + lane_)
+                                                   : typename Pages::Place{};
     };
     KVK_UNROLL
     for (int tile = 0; tile < kAhead; ++tile) {
-      if (tile < tiles) ring.load(p_, tile, place(tile), lane_);
+      if (tile < tiles) ring_.load(item_, tile, start + tile * kStride, place(tile), lane_);
       ptx::cp_async_commit();
     }
-    KeyPlace next = place(kAhead);  // page ids are fetched one tile before they are needed
+    typename Pages::Place next = place(kAhead);  // page ids are fetched one tile before they are needed
     for (int tile = 0; tile < tiles; ++tile) {
       ptx::cp_async_wait<kAhead - 1>();
       __syncwarp();  // all lanes' copies of this stage are in, and all lanes are done with the stage refilled next
-      if (tile + kAhead < tiles) ring.load(p_, (tile + kAhead) % Config::kStages, next, lane_);
+      if (tile + kAhead < tiles) {
+        ring_.load(item_, (tile + kAhead) % Config::kStages, start + (tile + kAhead) * kStride, next, lane_);
+      }
       ptx::cp_async_commit();
       next = place(tile + kAhead + 1);
       const int stage = tile % Config::kStages;
-      rows.attend(item_, masks, start + tile * kStride, ring.k(stage), ring.v(stage), ring.bias(stage));
+      ring_.tile(item_, stage, start + tile * kStride, lane_);
+      rows.attend(
+          item_, masks, start + tile * kStride, ring_.k(stage), ring_.v(stage),
+          [&](int key) { return ring_.bias(stage, key); }, [&](int key) { return ring_.is_dense(stage, key); });
     }
     ptx::cp_async_wait<0>();
     __syncwarp();
-    rows.store(warp_out(warp_), state_ + warp_ * Config::kRows);
+    rows.store(ring_.rows(warp_), state_ + warp_ * Config::kRows);
     __syncthreads();
-  }
-
-  // A warp's rows, [kRows, kDimV], take the place of its own ring when that is empty.
-  KVK_DEVICE float* warp_out(int warp) const {
-    constexpr int kElements = Config::kStages * (KeyRing<Config>::kK + KeyRing<Config>::kV);
-    static_assert(kElements * sizeof(T) >= Config::kRows * Config::kDimV * sizeof(float));
-    return reinterpret_cast<float*>(ring_ + warp * kElements);
   }
 
   // Merges the four warps, in their order, and writes the split's partial result or, of an only split, the output.
@@ -324,11 +298,11 @@ class DecodeBlock {
     for (int i = threadIdx.x; i < item_.rows * Config::kHeadDimV; i += Config::kThreads) {
       const int r = i / Config::kHeadDimV, d = i % Config::kHeadDimV;
       RowState row = state_[r];
-      float acc = warp_out(0)[r * Config::kDimV + d];
+      float acc = ring_.rows(0)[r * Config::kDimV + d];
       KVK_UNROLL
       for (int w = 1; w < Config::kWarps; ++w) {
         const MergeFactors f = merge_rows(row, state_[w * Config::kRows + r]);
-        acc = acc * f.a + warp_out(w)[r * Config::kDimV + d] * f.b;
+        acc = acc * f.a + ring_.rows(w)[r * Config::kDimV + d] * f.b;
       }
       if (num_splits == 1) {
         write_row(p_, item_.token + item_.token_of(p_, r), item_.head_of(p_, r), d, row, acc);
@@ -357,20 +331,19 @@ class DecodeBlock {
     }
   }
 
-  const PagedDecodeParams& params_;
+  const Params& params_;
   const PagedProblem& p_;
+  typename Pages::template DecodeRing<Config> ring_;
   PagedItem<Config::kParts> item_;
-  T* ring_;
   T* queries_;
-  float* bias_;
   RowState* state_;
   int lane_, warp_;
 };
 
 template <class Config>
 KVK_KERNEL(Config::kThreads, 1)
-paged_decode_kernel(const __grid_constant__ PagedDecodeParams params) {
-  DecodeBlock<Config>(params).run();
+paged_decode_kernel(const __grid_constant__ typename Config::Pages::DecodeParams params) {
+  DecodeBlock<Config>(params, SmemCarver()).run();
 }
 
 // Merges the splits of each query row, in their order. One warp a row; bytes: every partial result once.

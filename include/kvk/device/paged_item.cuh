@@ -15,6 +15,11 @@ struct KeyPlace {
   bool visible = false;  // a hidden key is not read: zeros stand in for it
 };
 
+// Which slot of which page; the page as its list names it.
+struct KeySlot {
+  int64_t page, slot;
+};
+
 // The work of one block: keys [begin, end) of a request, one kv head, and some of its query rows. Rows are ordered (token,
 // head of the group).
 template <uint32_t kParts>
@@ -31,21 +36,13 @@ struct PagedItem {
     return int64_t{kv_head} * p.group + (first_row + row) % p.group;
   }
 
-  KVK_DEVICE KeyPlace place(const PagedProblem& p, int32_t key) const {
-    KeyPlace place;
-    if (key < begin || key >= end) return place;
+  KVK_DEVICE KeySlot slot(const PagedProblem& p, int32_t key) const {
     const uint32_t page_size = static_cast<uint32_t>(p.page_size);
     const uint32_t index = static_cast<uint32_t>(key) / page_size;
-    const int64_t slot = static_cast<uint32_t>(key) - index * page_size;
-    const int64_t page = pages[index * p.list.index_stride];
-    place.visible = true;
-    if constexpr (kParts & kKeyBias) {
-      place.bias = p.key_bias[page * p.bias_page_stride + slot * p.bias_token_stride + kv_head * p.bias_head_stride];
-      place.visible = place.bias != -kInfinity;
-    }
-    place.k = page * p.k.page_stride + slot * p.k.token_stride + kv_head * p.k.head_stride;
-    place.v = page * p.v.page_stride + slot * p.v.token_stride + kv_head * p.v.head_stride;
-    return place;
+    return {pages[index * p.list.index_stride], static_cast<uint32_t>(key) - index * page_size};
+  }
+  KVK_DEVICE float bias(const PagedProblem& p, int64_t row, int64_t slot) const {
+    return p.key_bias[row * p.bias_page_stride + slot * p.bias_token_stride + kv_head * p.bias_head_stride];
   }
 };
 
@@ -81,6 +78,52 @@ struct RowMask {
     return true;
   }
 };
+
+// Rows of q as the format rotates them, in two terms of the element type, and as they are: [3][kTileRows][kPitch]; zeros
+// behind item.rows.
+template <class Config, int kTileRows, class Params>
+KVK_DEVICE void load_rotated_queries(const Params& params, const PagedItem<Config::kParts>& item,
+                                     typename Config::T* queries, float* scratch) {
+  using T = typename Config::T;
+  constexpr int kLanes = Config::kHeadDim / 8, kRows = 32 / kLanes, kTerm = kTileRows * Config::kPitch;
+  const PagedProblem& p = params.problem;
+  const int lane = threadIdx.x % 32, unit = lane % kLanes;
+  for (int base = static_cast<int>(threadIdx.x) / 32 * kRows; base < kTileRows; base += Config::kWarps * kRows) {
+    const int row = base + lane / kLanes;
+    const bool valid = lane < kRows * kLanes && row < kTileRows;
+    Words<4> words = {};
+    if (valid && row < item.rows) {
+      words = load_words<4>(static_cast<const T*>(p.q.data) + (item.token + item.token_of(p, row)) * p.q.token_stride +
+                            item.head_of(p, row) * p.q.head_stride + unit * 8);
+    }
+    float x[8];
+    KVK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack2<T>(words.w[i]);
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
+    }
+    Config::Pages::template rotate_query<Config>(params, x, scratch);
+    if (!valid) continue;
+    T* to = queries + row * Config::kPitch + unit * 8;
+    store_words(to + 2 * kTerm, words);
+    KVK_UNROLL
+    for (int term = 0; term < 2; ++term) {
+      KVK_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        words.w[i] = pack2<T>(x[2 * i], x[2 * i + 1]);
+        const float2 rounded = unpack2<T>(words.w[i]);
+        x[2 * i] -= rounded.x;
+        x[2 * i + 1] -= rounded.y;
+      }
+      store_words(to + term * kTerm, words);
+    }
+    if (Config::kHeadDim % 16 != 0 && unit == kLanes - 1) {  // padding
+      KVK_UNROLL
+      for (int term = 0; term < 3; ++term) store_words<4>(to + term * kTerm + 8, {});
+    }
+  }
+}
 
 // Whether a warp finds neither NaN nor infinities in `rows` rows of 16-bit elements in shared memory.
 template <int kColumns, int kPitch, class T>

@@ -6,6 +6,7 @@
 // 32 (16) of them, against 64 (32) keys at a time; less where a card's shared memory is small. Pipeline: two stages of K and V filled by cp.async, one block barrier a tile.
 #pragma once
 
+#include "kvk/device/dense_pages.cuh"
 #include "kvk/device/paged_item.cuh"
 #include "kvk/device/paged_prefill_params.h"
 #include "kvk/device/ptx.h"
@@ -24,6 +25,7 @@ template <class Config>
 class PrefillRows {
  public:
   using T = typename Config::T;
+  using Place = typename Config::Pages::Place;
   static constexpr uint32_t kParts = Config::kParts;
   // A softmax step takes 32 keys: the scores of 64, beside 128 registers of output, would spill.
   static constexpr int kStep = Config::kKeys < 32 ? Config::kKeys : 32;
@@ -35,7 +37,7 @@ class PrefillRows {
         first_row_(warp * Config::kWarpRows) {}
 
   // One tile of keys, the first of them at position `first`; `places` holds their biases.
-  KVK_DEVICE void attend(int32_t first, const T* k, const T* v, const KeyPlace* places) {
+  KVK_DEVICE void attend(int32_t first, const T* k, const T* v, const Place* places) {
     KVK_NO_UNROLL
     for (int step = 0; step < Config::kKeys; step += kStep) {
       attend_step(first + step, k + step * Config::kPitch, v + step * Config::kPitchV, places + step);
@@ -71,9 +73,14 @@ class PrefillRows {
  private:
   using Scores = float[kRowTiles][kKeyTiles][4];
 
-  KVK_DEVICE void attend_step(int32_t first, const T* k, const T* v, const KeyPlace* places) {
+  KVK_DEVICE void attend_step(int32_t first, const T* k, const T* v, const Place* places) {
     float s[kRowTiles][kKeyTiles][4] = {};
-    scores(k, s);
+    uint32_t dense = 0;  // bit n: of this lane's column of K in key tile n
+    if constexpr (Config::kQueryTerms == 3) {
+      KVK_UNROLL
+      for (int n = 0; n < kKeyTiles; ++n) dense |= uint32_t{Config::Pages::is_dense(places[n * 8 + lane() / 4])} << n;
+    }
+    scores(k, dense, s);
     const bool hidden = mask(first, places, s);
     KVK_UNROLL
     for (int tile = 0; tile < kRowTiles; ++tile) {
@@ -91,18 +98,25 @@ class PrefillRows {
   KVK_DEVICE static int lane() { return threadIdx.x % 32; }
   KVK_DEVICE int row_of(int tile, int half) const { return first_row_ + tile * 16 + half * 8 + lane() / 4; }
 
-  KVK_DEVICE void scores(const T* k, Scores& s) const {
+  KVK_DEVICE void scores(const T* k, [[maybe_unused]] uint32_t dense, Scores& s) const {
     KVK_NO_UNROLL
-    for (int step = 0; step < Config::kDim / 16; ++step) {
+    for (int i = 0; i < Config::kDim / 16 * Config::kQueryTerms; ++i) {
+      const int step = i / Config::kQueryTerms;
+      const T* queries = queries_ + i % Config::kQueryTerms * (Config::kRows * Config::kPitch);
       uint32_t a[kRowTiles][4];
       KVK_UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile) {
-        ptx::ldmatrix(a[tile], queries_ + (tile * 16 + lane() % 16) * Config::kPitch + (step * 2 + lane() / 16) * 8);
+        ptx::ldmatrix(a[tile], queries + (tile * 16 + lane() % 16) * Config::kPitch + (step * 2 + lane() / 16) * 8);
       }
       KVK_UNROLL
       for (int n = 0; n < kKeyTiles; n += 2) {
         uint32_t b[4];
         ptx::ldmatrix(b, k + (n * 8 + lane() % 8 + lane() / 16 * 8) * Config::kPitch + (step * 2 + lane() / 8 % 2) * 8);
+        if constexpr (Config::kQueryTerms == 3) {  // as in decode
+          const bool plain = i % 3 == 2;
+          KVK_UNROLL
+          for (int j = 0; j < 4; ++j) b[j] = (dense >> (n + j / 2) & 1) == uint32_t{plain} ? b[j] : 0u;
+        }
         KVK_UNROLL
         for (int tile = 0; tile < kRowTiles; ++tile) {
           ptx::mma_m16n8k16<T>(s[tile][n], a[tile], b[0], b[1]);
@@ -113,7 +127,7 @@ class PrefillRows {
   }
 
   // Turns q.k into scores and hides what a row may not see. Returns whether this lane hid a key that other rows may see.
-  KVK_DEVICE bool mask(int32_t first, const KeyPlace* places, Scores& s) const {
+  KVK_DEVICE bool mask(int32_t first, const Place* places, Scores& s) const {
     bool hidden = false;
     KVK_UNROLL
     for (int tile = 0; tile < kRowTiles; ++tile) {
@@ -230,14 +244,14 @@ template <class Config>
 class PrefillBlock {
  public:
   using T = typename Config::T;
-  static constexpr size_t kTileK = Config::kShape.k_elements(), kTileV = Config::kShape.v_elements();
+  using Pages = typename Config::Pages;
+  using Params = typename Pages::PrefillParams;
+  using Place = typename Pages::Place;
 
-  KVK_DEVICE explicit PrefillBlock(const PagedPrefillParams& params) : p_(params.problem) {
-    SmemCarver carve;
-    queries_ = carve.take<T>(Config::kShape.query_elements(), 128);
-    k_ = carve.take<T>(Config::kStages * kTileK);
-    v_ = carve.take<T>(Config::kStages * kTileV);
-    places_ = carve.take<KeyPlace>(Config::kStages * Config::kKeys);
+  KVK_DEVICE PrefillBlock(const Params& params, SmemCarver carve)
+      : params_(params), p_(params.problem), queries_(carve.take<T>(Config::kShape.query_elements(), 128)),
+        tiles_(carve, params) {
+    places_ = carve.take<Place>(Config::kStages * Config::kKeys);
     shared_item_ = carve.take<Item>(1);
   }
 
@@ -295,6 +309,9 @@ class PrefillBlock {
   using Item = PagedItem<Config::kParts>;
 
   KVK_DEVICE void load_queries(const Item& item) {
+    if constexpr (Config::kQueryTerms == 3) {
+      return load_rotated_queries<Config, Config::kRows>(params_, item, queries_, tiles_.scratch());
+    }
     constexpr int kChunks = Config::kDim / 8;
     for (int i = threadIdx.x; i < Config::kRows * kChunks; i += Config::kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
@@ -313,17 +330,21 @@ class PrefillBlock {
     const int tiles = item.end > start ? ceil_div(item.end - start, Config::kKeys) : 0;
     find_places(item, 0, start);
     __syncthreads();
-    load_tile(0);
+    tiles_.load(item, 0, start, places_);
     ptx::cp_async_commit();
     find_places(item, 1, start + Config::kKeys);
     for (int tile = 0; tile < tiles; ++tile) {
       const int stage = tile % Config::kStages;
       ptx::cp_async_wait<0>();
       __syncthreads();  // this stage is in for all; the other, and its places, are free
-      if (tile + 1 < tiles) load_tile(stage ^ 1);
+      const int32_t first = start + tile * Config::kKeys;
+      const Place* places = places_ + stage * Config::kKeys;
+      if (tile + 1 < tiles) {
+        tiles_.load(item, stage ^ 1, first + Config::kKeys, places_ + (stage ^ 1) * Config::kKeys);
+      }
       ptx::cp_async_commit();
-      rows.attend(start + tile * Config::kKeys, k_ + stage * kTileK, v_ + stage * kTileV,
-                  places_ + stage * Config::kKeys);
+      tiles_.tile(item, stage, first, places);
+      rows.attend(first, tiles_.k(stage), tiles_.v(stage), places);
       __syncthreads();  // all are done with this stage's places
       find_places(item, stage, start + (tile + 2) * Config::kKeys);
     }
@@ -332,41 +353,23 @@ class PrefillBlock {
   }
 
   KVK_DEVICE void find_places(const Item& item, int stage, int32_t first) {
-    if (threadIdx.x < Config::kKeys) places_[stage * Config::kKeys + threadIdx.x] = item.place(p_, first + threadIdx.x);
+    if (threadIdx.x < Config::kKeys)
+      places_[stage * Config::kKeys + threadIdx.x] = Pages::place(params_, item, first + threadIdx.x);
   }
 
-  KVK_DEVICE void load_tile(int stage) const {
-    const KeyPlace* places = places_ + stage * Config::kKeys;
-    copy<Config::kHeadDim, Config::kDim, Config::kPitch>(k_ + stage * kTileK, static_cast<const T*>(p_.k.data), places,
-                                                         &KeyPlace::k);
-    copy<Config::kHeadDimV, Config::kDimV, Config::kPitchV>(v_ + stage * kTileV, static_cast<const T*>(p_.v.data),
-                                                            places, &KeyPlace::v);
-  }
-
-  template <int kUsed, int kPadded, int kPitch>
-  KVK_DEVICE static void copy(T* to, const T* from, const KeyPlace* places, int64_t KeyPlace::* offset) {
-    constexpr int kChunks = kPadded / 8;
-    KVK_NO_UNROLL
-    for (int i = threadIdx.x; i < Config::kKeys * kChunks; i += Config::kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const bool valid = places[row].visible && chunk * 8 < kUsed;
-      ptx::cp_async<16>(to + row * kPitch + chunk * 8, from + (valid ? places[row].*offset + chunk * 8 : 0), valid);
-    }
-  }
-
+  const Params& params_;
   const PagedProblem& p_;
   PagedItem<Config::kParts> item_;
   T* queries_;
-  T* k_;
-  T* v_;
-  KeyPlace* places_;
+  typename Pages::template PrefillTiles<Config> tiles_;
+  Place* places_;
   PagedItem<Config::kParts>* shared_item_;
 };
 
 template <class Config>
 KVK_KERNEL(Config::kThreads, 1)
-paged_prefill_kernel(const __grid_constant__ PagedPrefillParams params) {
-  PrefillBlock<Config>(params).run();
+paged_prefill_kernel(const __grid_constant__ typename Config::Pages::PrefillParams params) {
+  PrefillBlock<Config>(params, SmemCarver()).run();
 }
 
 // Rows of q that belong to no request, past qo_indptr's end, and those of requests without tokens have no block: 0 and -inf.

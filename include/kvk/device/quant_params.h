@@ -57,7 +57,7 @@ struct QuantLanes {
 
 // kRotated: 0, or the dim of rows that are stored after a Hadamard transform.
 template <class T_, int kBits_, bool kAlongTokens_, int kRotated_>
-struct QuantConfig {
+struct QuantCoding {
   using T = T_;
   static constexpr int kBits = kBits_;
   static constexpr bool kAlongTokens = kAlongTokens_;

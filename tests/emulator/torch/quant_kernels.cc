@@ -4,8 +4,8 @@
 
 #define KVK_HADAMARD(...) KVK_EMULATED_KERNEL(kvk::device::hadamard_kernel<kvk::device::HadamardConfig<__VA_ARGS__>>)
 #define KVK_QUANT(...)                                                                      \
-  KVK_EMULATED_KERNEL(kvk::device::quantize_kernel<kvk::device::QuantConfig<__VA_ARGS__>>); \
-  KVK_EMULATED_KERNEL(kvk::device::dequantize_kernel<kvk::device::QuantConfig<__VA_ARGS__>>)
+  KVK_EMULATED_KERNEL(kvk::device::quantize_kernel<kvk::device::QuantCoding<__VA_ARGS__>>); \
+  KVK_EMULATED_KERNEL(kvk::device::dequantize_kernel<kvk::device::QuantCoding<__VA_ARGS__>>)
 
 // In lanes; over shared memory in one and several passes; every order; in two parts.
 KVK_HADAMARD(float, 1, false);

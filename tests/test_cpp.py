@@ -163,6 +163,15 @@ def test_cmake_package(prefix: Path, tmp_path: Path) -> None:
     assert "libkvk_core.so.0" in needed and "torch" not in needed
 
 
+def test_every_function_records_itself() -> None:
+    """Calls from C++ are logged and saved as those of the other faces are (csrc/core/describe.cc)."""
+    headers = "".join((ROOT / "include" / "kvk" / name).read_text() for name in HEADERS)
+    functions = set(re.findall(r"KVK_API void (\w+)\(const \w+Args& args,\s*const Context&", headers))
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "core").glob("*.cc"))
+    recorded = set(re.findall(r'record::Scope recorded\("(\w+)"', sources))
+    assert len(functions) >= 16 and functions == recorded
+
+
 def test_names_of_the_library(prefix: Path) -> None:
     """libkvk_core.so -> .so.0 -> .so.0.1.0: the file has the version, the soname what programs depend on."""
     folder, version = library_folder(prefix), kvk.__version__

@@ -6,6 +6,7 @@
 
 #include "core/backend.h"
 #include "core/block_sparse_problem.h"
+#include "core/describe.h"
 #include "core/grid_check.h"
 #include "core/value_errors.h"
 #include "cpu/backend.h"
@@ -114,6 +115,7 @@ BlockSparseProblem check_attention(const ArgChecker& check, const BlockSparseAtt
 }  // namespace
 
 void block_sparse_attention(const BlockSparseAttentionArgs& args, const Context& context) {
+  const record::Scope recorded("block_sparse_attention", context, [&] { return record::fields_of(args); });
   const ArgChecker check("block_sparse_attention", args.q.device);
   const BlockSparseProblem problem = check_attention(check, args, nullptr);
   by_device(
@@ -122,6 +124,7 @@ void block_sparse_attention(const BlockSparseAttentionArgs& args, const Context&
 }
 
 void block_sparse_attention_backward(const BlockSparseAttentionBackwardArgs& args, const Context& context) {
+  const record::Scope recorded("block_sparse_attention_backward", context, [&] { return record::fields_of(args); });
   const ArgChecker check("block_sparse_attention_backward", args.forward.q.device);
   const GridGradients gradients = {args.grad_out, args.grad_lse, args.dq, args.dk, args.dv};
   const BlockSparseProblem problem = check_attention(check, args.forward, &gradients);

@@ -65,6 +65,48 @@ void add_pools(Fields& fields, const Args& args) {
   add_score(fields, args.score);
 }
 
+void add_pattern(Fields& fields, const BlockSparseAttentionArgs& args) {
+  fields.push_back({"row_ptr", args.pattern.row_ptr});
+  fields.push_back({"col_idx", args.pattern.col_idx});
+  fields.push_back({"block_q", args.pattern.block_q});
+  fields.push_back({"block_k", args.pattern.block_k});
+  fields.push_back(maybe("cu_seqlens_q", args.cu_seqlens_q));
+  fields.push_back(maybe("cu_seqlens_k", args.cu_seqlens_k));
+  fields.push_back(maybe("entry_bias", args.pattern.entry_bias));
+  fields.push_back({"causal", args.causal, Role::input, !args.causal});
+  if (args.softmax_scale) fields.push_back({"softmax_scale", *args.softmax_scale});
+}
+
+void add_axes(Fields& fields, const NeighborhoodAttentionArgs& args) {
+  std::vector<int64_t> kernel_size, stride, dilation, is_causal;
+  for (int i = 0; i + 3 < args.q.ndim && i < 3; ++i) {
+    const NeighborhoodAxis& axis = args.axes[static_cast<size_t>(i)];
+    kernel_size.push_back(axis.kernel_size);
+    stride.push_back(axis.stride);
+    dilation.push_back(axis.dilation);
+    is_causal.push_back(axis.is_causal);
+  }
+  fields.push_back({"kernel_size", kernel_size});
+  fields.push_back({"stride", stride});
+  fields.push_back({"dilation", dilation});
+  fields.push_back({"is_causal", is_causal});
+  if (args.softmax_scale) fields.push_back({"softmax_scale", *args.softmax_scale});
+}
+
+// What a gradient reads: the gradients of the results, the inputs, the results.
+template <class Args>
+Fields gradient_inputs(const Args& args) {
+  return {{"grad_out", args.grad_out}, {"grad_lse", args.grad_lse}, {"q", args.forward.q},    {"k", args.forward.k},
+          {"v", args.forward.v},       {"out", args.forward.out},   {"lse", args.forward.lse}};
+}
+
+template <class Args>
+void add_gradients(Fields& fields, const Args& args) {
+  fields.push_back({"dq", args.dq, Role::output});
+  fields.push_back({"dk", args.dk, Role::output});
+  fields.push_back({"dv", args.dv, Role::output});
+}
+
 }  // namespace
 
 Fields fields_of(const PagedDecodeArgs& args) {
@@ -168,6 +210,34 @@ Fields fields_of(const QuantPrefillArgs& args) {
   add_pools(fields, args);
   add_prefill(fields, args.causal, args.mask_bits, args.mask_width);
   add_results(fields, args.out, args.lse);
+  return fields;
+}
+
+Fields fields_of(const BlockSparseAttentionArgs& args) {
+  Fields fields = {{"q", args.q}, {"k", args.k}, {"v", args.v}};
+  add_pattern(fields, args);
+  add_results(fields, args.out, args.lse);
+  return fields;
+}
+
+Fields fields_of(const BlockSparseAttentionBackwardArgs& args) {
+  Fields fields = gradient_inputs(args);
+  add_pattern(fields, args.forward);
+  add_gradients(fields, args);
+  return fields;
+}
+
+Fields fields_of(const NeighborhoodAttentionArgs& args) {
+  Fields fields = {{"q", args.q}, {"k", args.k}, {"v", args.v}};
+  add_axes(fields, args);
+  add_results(fields, args.out, args.lse);
+  return fields;
+}
+
+Fields fields_of(const NeighborhoodAttentionBackwardArgs& args) {
+  Fields fields = gradient_inputs(args);
+  add_axes(fields, args.forward);
+  add_gradients(fields, args);
   return fields;
 }
 

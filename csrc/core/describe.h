@@ -2,7 +2,9 @@
 #pragma once
 
 #include "core/record.h"
+#include "kvk/block_sparse.h"
 #include "kvk/hadamard.h"
+#include "kvk/neighborhood.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
 
@@ -20,5 +22,10 @@ Fields fields_of(const QuantizeArgs& args);
 Fields fields_of(const DequantizeArgs& args);
 Fields fields_of(const QuantDecodeArgs& args);
 Fields fields_of(const QuantPrefillArgs& args);
+
+Fields fields_of(const BlockSparseAttentionArgs& args);
+Fields fields_of(const BlockSparseAttentionBackwardArgs& args);
+Fields fields_of(const NeighborhoodAttentionArgs& args);
+Fields fields_of(const NeighborhoodAttentionBackwardArgs& args);
 
 }  // namespace kvk::record

@@ -2,6 +2,7 @@
 #include "kvk/neighborhood.h"
 
 #include "core/backend.h"
+#include "core/describe.h"
 #include "core/grid_check.h"
 #include "core/neighborhood_problem.h"
 #include "cpu/backend.h"
@@ -48,6 +49,7 @@ NeighborhoodProblem check_attention(const ArgChecker& check, const NeighborhoodA
 }  // namespace
 
 void neighborhood_attention(const NeighborhoodAttentionArgs& args, const Context& context) {
+  const record::Scope recorded("neighborhood_attention", context, [&] { return record::fields_of(args); });
   const ArgChecker check("neighborhood_attention", args.q.device);
   const NeighborhoodProblem problem = check_attention(check, args, nullptr);
   by_device(
@@ -56,6 +58,7 @@ void neighborhood_attention(const NeighborhoodAttentionArgs& args, const Context
 }
 
 void neighborhood_attention_backward(const NeighborhoodAttentionBackwardArgs& args, const Context& context) {
+  const record::Scope recorded("neighborhood_attention_backward", context, [&] { return record::fields_of(args); });
   const ArgChecker check("neighborhood_attention_backward", args.forward.q.device);
   const GridGradients gradients = {args.grad_out, args.grad_lse, args.dq, args.dk, args.dv};
   const NeighborhoodProblem problem = check_attention(check, args.forward, &gradients);

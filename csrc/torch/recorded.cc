@@ -1,5 +1,6 @@
 #include "torch/recorded.h"
 
+#include <atomic>
 #include <map>
 
 #include "core/check.h"
@@ -13,6 +14,9 @@ std::map<std::string, Schema, std::less<>>& schemas() {
   static std::map<std::string, Schema, std::less<>> map;
   return map;
 }
+
+// For tests: calls are recorded as the C++ face records its own.
+std::atomic<bool> leave_to_cpp{false};
 
 struct DefaultText {
   std::string operator()(std::monostate) const { return "None"; }
@@ -61,7 +65,7 @@ record::Field field_of(torch::headeronly::ScalarType dtype) { return {{}, std::s
 record::Field field_of(const std::string& text) { return {{}, text}; }
 
 std::unique_ptr<record::Call> start_recording(const char* op, record::Fields fields) {
-  if (record::Call::within()) return nullptr;
+  if (leave_to_cpp || record::Call::within()) return nullptr;
   const Schema& schema = schema_of(op);
   const Tensor* first = nullptr;
   for (size_t i = 0; i < fields.size(); ++i) {
@@ -80,6 +84,8 @@ void note_result(record::Call& call, const TorchTensor& t) { call.result(view(t)
 
 namespace {
 
+void leave_recording_to_cpp(bool on) { leave_to_cpp = on; }
+
 // Log level, folder ("": none), and the folder's bounds; what was set before comes back as "log\nfolder\ncalls\nbytes".
 std::string set_recording(int64_t log, std::string dump, int64_t calls, int64_t bytes) {
   const record::Settings before = record::settings();
@@ -90,8 +96,14 @@ std::string set_recording(int64_t log, std::string dump, int64_t calls, int64_t 
 
 }  // namespace
 
-KVK_LIBRARY_FRAGMENT(KVK_NAMESPACE, m) { m.def("_set_recording(int log, str dump, int calls, int bytes) -> str"); }
+KVK_LIBRARY_FRAGMENT(KVK_NAMESPACE, m) {
+  m.def("_leave_recording_to_cpp(bool on) -> ()");
+  m.def("_set_recording(int log, str dump, int calls, int bytes) -> str");
+}
 
-KVK_LIBRARY_IMPL(KVK_NAMESPACE, CompositeExplicitAutograd, m) { m.impl("_set_recording", TORCH_BOX(&set_recording)); }
+KVK_LIBRARY_IMPL(KVK_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("_leave_recording_to_cpp", TORCH_BOX(&leave_recording_to_cpp));
+  m.impl("_set_recording", TORCH_BOX(&set_recording));
+}
 
 }  // namespace kvk::torch_face

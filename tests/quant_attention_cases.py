@@ -1,4 +1,4 @@
-"""Cases of attention over quantized and dense pages, made from cases of paged attention."""
+"""Cases of attention over records (quantized or bitmap-sparse) and dense pages, made from cases of paged attention."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DENSE = 1 << 28  # the tag of a dense page
 
 @dataclass
 class QuantCase:
-    """The arguments of one call of quant_decode, or of quant_prefill when qo_indptr is there."""
+    """The arguments of one call of quant_decode or sparse_decode, of ..._prefill when qo_indptr is there."""
 
     q: Tensor
     k_pool: Tensor
     v_pool: Tensor
     page_indices: Tensor
     kv_lens: Tensor
-    fmt: kvk.QuantFormat
+    fmt: kvk.QuantFormat | kvk.BitmapFormat
     options: dict[str, Any]
     qo_indptr: Tensor | None = None
 
@@ -36,7 +36,8 @@ class QuantCase:
 
     @property
     def name(self) -> str:
-        return "quant_decode" if self.qo_indptr is None else "quant_prefill"
+        family = "sparse" if isinstance(self.fmt, kvk.BitmapFormat) else "quant"
+        return f"{family}_decode" if self.qo_indptr is None else f"{family}_prefill"
 
     def run(self) -> tuple[Tensor, Tensor]:
         return getattr(kvk, self.name)(*self.args, self.fmt, **self.options)
@@ -62,11 +63,13 @@ class QuantCase:
         return out, lse
 
 
-def quantized(case: PagedCase, fmt: kvk.QuantFormat, dense_share: float, seed: int = 0) -> QuantCase:
+def quantized(
+    case: PagedCase, fmt: kvk.QuantFormat | kvk.BitmapFormat, dense_share: float, seed: int = 0
+) -> QuantCase:
     """The same call with each page either a record or dense. What may not be read is poisoned.
 
-    Slots that no key fills hold NaN in dense pages and other numbers in records, whose groups they share; records that
-    no request uses are bytes of 0xff, NaN wherever a scale is read.
+    Slots that no key fills hold NaN in dense pages and in bitmap-sparse records, other numbers in quantized ones, whose
+    groups they share; records that no request uses are bytes of 0xff, NaN wherever a number is read.
     """
     rng = random.Random(seed)
     gen = torch.Generator().manual_seed(seed)
@@ -86,15 +89,18 @@ def quantized(case: PagedCase, fmt: kvk.QuantFormat, dense_share: float, seed: i
         indices.view(-1)[i] = numbers.get(entry, entry)
 
     k_pool, v_pool = (x.fill_(0xFF) for x in fmt.new_pool(len(packed) + gaps, heads))
-    sources = []
-    for pages, axis in ((case.k_pages, fmt.k_axis), (case.v_pages, fmt.v_axis)):
-        filler = torch.randn(pages.shape, generator=gen).to(pages.dtype)
-        # A token's own groups may be NaN; a group of several tokens may not, when one of them is read.
-        whole = pages.isnan().all(-1, keepdim=True) if axis == "token" and pages is case.v_pages else None
-        finite = torch.where(pages.isnan(), filler, pages)
-        sources.append(finite if whole is None else torch.where(whole, torch.nan, finite))
-    ids = torch.tensor(packed, dtype=torch.int32)
-    kvk.quantize_pages(*sources, ids, k_pool, v_pool, torch.tensor(places, dtype=torch.int32), fmt)
+    ids, records = torch.tensor(packed, dtype=torch.int32), torch.tensor(places, dtype=torch.int32)
+    if isinstance(fmt, kvk.BitmapFormat):
+        kvk.compress_pages(case.k_pages, case.v_pages, ids, k_pool, v_pool, records, fmt)
+    else:
+        sources = []
+        for pages, axis in ((case.k_pages, fmt.k_axis), (case.v_pages, fmt.v_axis)):
+            filler = torch.randn(pages.shape, generator=gen).to(pages.dtype)
+            # A token's own groups may be NaN; a group of several tokens may not, when one of them is read.
+            whole = pages.isnan().all(-1, keepdim=True) if axis == "token" and pages is case.v_pages else None
+            finite = torch.where(pages.isnan(), filler, pages)
+            sources.append(finite if whole is None else torch.where(whole, torch.nan, finite))
+        kvk.quantize_pages(*sources, ids, k_pool, v_pool, records, fmt)
 
     options = dict(case.options)
     if dense_share > 0:
@@ -115,7 +121,13 @@ def quantized(case: PagedCase, fmt: kvk.QuantFormat, dense_share: float, seed: i
 
 
 def make_quant_case(
-    kv_lens, q_lens=None, *, fmt: kvk.QuantFormat, dense_share: float = 0.3, seed: int = 0, **params: Any
+    kv_lens,
+    q_lens=None,
+    *,
+    fmt: kvk.QuantFormat | kvk.BitmapFormat,
+    dense_share: float = 0.3,
+    seed: int = 0,
+    **params: Any,
 ) -> QuantCase:
     """As make_case, with the format's page size and head dims."""
     case = make_case(

@@ -23,6 +23,7 @@ EXAMPLES = [
         "compress-your-cache",
         "block-sparse",
         "neighborhood",
+        "sparse",
     )
     for number, code in enumerate(
         re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)
@@ -32,7 +33,7 @@ EXAMPLES = [
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 13
+    assert len(EXAMPLES) == 16
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

@@ -95,6 +95,15 @@ def call_everything() -> None:
     kvk.quant_prefill(q, starts, k_pool, v_pool, table, lens, FMT, k_pages=dense[0], v_pages=dense[1])
     kvk.quantize_pages(*pools(4, 32), one_row(), k_pool, v_pool, one_row() + 7, FMT)
     kvk.dequantize_pages(k_pool, v_pool, one_row() + 7, FMT, torch.bfloat16)
+    bitmaps = kvk.BitmapFormat(32, 32, 16, 8, torch.float16, v_rotate=1)
+    k_pool, v_pool = (pool.zero_() for pool in bitmaps.new_pool(30, 2))
+    mask = torch.rand(1, 32, 2, 32) < 0.1
+    mask[..., 16:] = False
+    kvk.compress_pages(*dense, one_row(), k_pool, v_pool, one_row() + 7, bitmaps, k_select=mask)
+    kvk.decompress_pages(k_pool, v_pool, one_row() + 7, bitmaps)
+    sparse = (q, k_pool, v_pool, table, lens, bitmaps)
+    kvk.sparse_decode(*sparse, k_pages=dense[0], v_pages=dense[1], key_bias=bias)
+    kvk.sparse_prefill(q, starts, *sparse[1:], k_pages=dense[0], v_pages=dense[1])
     codes = kvk.quantize(torch.randn(64, 32), 3, 32, -2, clip=0.8)
     kvk.dequantize(*codes, 3, 32, -2, dtype=torch.float16)
 

@@ -48,6 +48,11 @@ std::vector<int64_t> numbers(const QuantFormat& format) {
   return list;
 }
 
+std::vector<int64_t> numbers(const BitmapFormat& format) {
+  return {format.page_size, format.head_dim, format.head_dim_v, format.dtype == DType::bf16 ? 0 : 1,
+          format.k.keep,    format.k.rotate, format.v.keep,     format.v.rotate};
+}
+
 void add_part(Fields& fields, const QuantPart& part) {
   fields.push_back({"bits", int64_t{part.bits}});
   fields.push_back({"group", int64_t{part.group}});
@@ -105,6 +110,24 @@ void add_gradients(Fields& fields, const Args& args) {
   fields.push_back({"dq", args.dq, Role::output});
   fields.push_back({"dk", args.dk, Role::output});
   fields.push_back({"dv", args.dv, Role::output});
+}
+
+// Of the ops over records of any format.
+template <class Args>
+Fields decode_fields(const Args& args) {
+  Fields fields = {{"q", args.q}};
+  add_pools(fields, args);
+  add_results(fields, args.out, args.lse);
+  return fields;
+}
+
+template <class Args>
+Fields prefill_fields(const Args& args) {
+  Fields fields = {{"q", args.q}, {"qo_indptr", args.qo_indptr}};
+  add_pools(fields, args);
+  add_prefill(fields, args.causal, args.mask_bits, args.mask_width);
+  add_results(fields, args.out, args.lse);
+  return fields;
 }
 
 }  // namespace
@@ -198,19 +221,26 @@ Fields fields_of(const DequantizeArgs& args) {
   return fields;
 }
 
-Fields fields_of(const QuantDecodeArgs& args) {
-  Fields fields = {{"q", args.q}};
-  add_pools(fields, args);
-  add_results(fields, args.out, args.lse);
-  return fields;
+Fields fields_of(const QuantDecodeArgs& args) { return decode_fields(args); }
+Fields fields_of(const QuantPrefillArgs& args) { return prefill_fields(args); }
+Fields fields_of(const SparseDecodeArgs& args) { return decode_fields(args); }
+Fields fields_of(const SparsePrefillArgs& args) { return prefill_fields(args); }
+
+Fields fields_of(const CompressPagesArgs& args) {
+  return {{"k_pages", args.k_pages},
+          {"v_pages", args.v_pages},
+          {"src", args.src},
+          {"k_pool", args.k_pool, Role::in_out},
+          {"v_pool", args.v_pool, Role::in_out},
+          {"dst", args.dst},
+          {"fmt", numbers(args.format)},
+          maybe("k_select", args.k_select),
+          maybe("v_select", args.v_select)};
 }
 
-Fields fields_of(const QuantPrefillArgs& args) {
-  Fields fields = {{"q", args.q}, {"qo_indptr", args.qo_indptr}};
-  add_pools(fields, args);
-  add_prefill(fields, args.causal, args.mask_bits, args.mask_width);
-  add_results(fields, args.out, args.lse);
-  return fields;
+Fields fields_of(const DecompressPagesArgs& args) {
+  return {{"k_pool", args.k_pool},       {"v_pool", args.v_pool},     {"ids", args.ids},
+          {"fmt", numbers(args.format)}, {"k", args.k, Role::output}, {"v", args.v, Role::output}};
 }
 
 Fields fields_of(const BlockSparseAttentionArgs& args) {

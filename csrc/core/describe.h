@@ -7,6 +7,7 @@
 #include "kvk/neighborhood.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
+#include "kvk/sparse.h"
 
 namespace kvk::record {
 
@@ -22,6 +23,10 @@ Fields fields_of(const QuantizeArgs& args);
 Fields fields_of(const DequantizeArgs& args);
 Fields fields_of(const QuantDecodeArgs& args);
 Fields fields_of(const QuantPrefillArgs& args);
+Fields fields_of(const CompressPagesArgs& args);
+Fields fields_of(const DecompressPagesArgs& args);
+Fields fields_of(const SparseDecodeArgs& args);
+Fields fields_of(const SparsePrefillArgs& args);
 
 Fields fields_of(const BlockSparseAttentionArgs& args);
 Fields fields_of(const BlockSparseAttentionBackwardArgs& args);

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "core/check.h"
-#include "core/quant_check.h"
+#include "core/record_check.h"
 #include "core/value_errors.h"
 
 namespace kvk {
@@ -341,23 +341,58 @@ PagedProblem check_paged_prefill(const PagedPrefillArgs& args) {
   return problem;
 }
 
-PagedProblem check_quant_decode(const QuantDecodeArgs& args, QuantPools& pools) {
-  const ArgChecker check("quant_decode", args.q.device);
+namespace {
+
+// `pools` and its pointer in the problem, after the checks.
+template <class Args, class Pools>
+PagedProblem check_record_decode(const ArgChecker& check, const Args& args, Pools& pools,
+                                 const Pools* PagedProblem::* format) {
   PagedProblem problem = check_record_attention(check, args, "B", args.q.ndim > 0 ? args.q.shape[0] : 0, pools);
   pools.format = args.format;
-  problem.quant = &pools;
+  problem.*format = &pools;
   return problem;
 }
 
-PagedProblem check_quant_prefill(const QuantPrefillArgs& args, QuantPools& pools) {
-  const ArgChecker check("quant_prefill", args.q.device);
+template <class Args, class Pools>
+PagedProblem check_record_prefill(const ArgChecker& check, const Args& args, Pools& pools,
+                                  const Pools* PagedProblem::* format) {
   const int64_t num_requests = check_requests(check, args.qo_indptr);
   PagedProblem problem = check_record_attention(check, args, "T", num_requests, pools);
   pools.format = args.format;
-  problem.quant = &pools;
+  problem.*format = &pools;
   check_prefill(check, args.qo_indptr, args.causal, problem);
   check_mask(check, args.mask_bits, args.mask_width, problem);
   return problem;
+}
+
+// The kernels multiply with the kept values as they are stored.
+void check_value_dtype(const ArgChecker& check, const Tensor& q, DType dtype) {
+  if (q.dtype != DType::f32 && q.dtype != dtype) {
+    fail(check.op(), "q must be ", dtype_name(dtype), " like the records' values, or float32, got ",
+         dtype_name(q.dtype));
+  }
+}
+
+}  // namespace
+
+PagedProblem check_quant_decode(const QuantDecodeArgs& args, QuantPools& pools) {
+  return check_record_decode(ArgChecker("quant_decode", args.q.device), args, pools, &PagedProblem::quant);
+}
+
+PagedProblem check_quant_prefill(const QuantPrefillArgs& args, QuantPools& pools) {
+  return check_record_prefill(ArgChecker("quant_prefill", args.q.device), args, pools, &PagedProblem::quant);
+}
+
+PagedProblem check_sparse_decode(const SparseDecodeArgs& args, BitmapPools& pools) {
+  const ArgChecker check("sparse_decode", args.q.device);
+  check_value_dtype(check, args.q, args.format.dtype);
+  return check_record_decode(check, args, pools, &PagedProblem::bitmap);
+}
+
+PagedProblem check_sparse_prefill(const SparsePrefillArgs& args, BitmapPools& pools) {
+  const ArgChecker check("sparse_prefill", args.q.device);
+  check_value_dtype(check, args.q, args.format.dtype);
+  return check_record_prefill(check, args, pools, &PagedProblem::bitmap);
 }
 
 void check_append_kv(const AppendKvArgs& args) {

@@ -12,6 +12,8 @@ PagedProblem check_paged_prefill(const PagedPrefillArgs& args);
 // `pools` outlives the problem, which points to it.
 PagedProblem check_quant_decode(const QuantDecodeArgs& args, QuantPools& pools);
 PagedProblem check_quant_prefill(const QuantPrefillArgs& args, QuantPools& pools);
+PagedProblem check_sparse_decode(const SparseDecodeArgs& args, BitmapPools& pools);
+PagedProblem check_sparse_prefill(const SparsePrefillArgs& args, BitmapPools& pools);
 void check_append_kv(const AppendKvArgs& args);
 
 }  // namespace kvk

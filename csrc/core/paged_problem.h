@@ -4,6 +4,7 @@
 #include "kvk/device/paged_problem.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
+#include "kvk/sparse.h"
 
 namespace kvk {
 
@@ -31,12 +32,16 @@ struct RecordPools {
 struct QuantPools : RecordPools {
   QuantFormat format;
 };
+struct BitmapPools : RecordPools {
+  BitmapFormat format;
+};
 
 // The kernels get their element type as a template argument, the host code as a value.
 struct PagedProblem : device::PagedProblem {
   DType dtype;
   const RecordPools* records = nullptr;  // null: all pages are dense; else one of these, by the format
   const QuantPools* quant = nullptr;
+  const BitmapPools* bitmap = nullptr;
   int64_t num_pages = 0;         // of the pool; with records, theirs
   int64_t num_dense_pages = -1;  // beside records; -1: page references carry no tag
   int64_t mask_words = -1;       // of a row of mask_bits; -1: no mask

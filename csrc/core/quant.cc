@@ -4,22 +4,11 @@
 #include "core/paged_check.h"
 #include "core/quant_check.h"
 #include "core/run_attention.h"
-#include "core/value_errors.h"
 #include "cpu/backend.h"
 #include "cuda/backend.h"
 
 namespace kvk {
 namespace {
-
-// Page ids: int32 [n], each within the pool. Values on a card are trusted.
-void check_ids(const ArgChecker& check, const Tensor& ids, const char* name, int64_t count, int64_t num_pages) {
-  check.tensor(ids, name, DType::i32, {{"n", count}});
-  if (check.device().type != DeviceType::cpu) return;
-  for (int64_t i = 0; i < ids.shape[0]; ++i) {
-    const int64_t page = ids.ptr<const int32_t>()[i * ids.stride[0]];
-    if (page < 0 || page >= num_pages) fail_id(check.op(), name, num_pages, page, i);
-  }
-}
 
 void check_clip(const ArgChecker& check, double clip, const char* name) {
   if (!(clip > 0.0 && clip <= 1.0)) fail(check.op(), name, " must be over 0 and at most 1, got ", clip);

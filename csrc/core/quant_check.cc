@@ -18,20 +18,6 @@ void check_quant_part(const char* op, const char* name, const QuantPart& part, i
   }
 }
 
-void check_record_pool(const ArgChecker& check, const Tensor& pool, const char* name, int64_t num_pages,
-                       int64_t num_kv_heads, int64_t record_bytes) {
-  check.tensor(pool, name, DType::u8, {{"N", num_pages}, {"Hkv", num_kv_heads}, {"record_bytes", record_bytes}});
-  check.last_stride_one(pool, name);
-  if (reinterpret_cast<uintptr_t>(pool.data) % 16 != 0) {
-    fail(check.op(), name, " must start on a multiple of 16 bytes");
-  }
-  for (int i = 0; i < 2; ++i) {
-    if (pool.shape[i] > 1 && pool.stride[i] % 16 != 0) {
-      fail(check.op(), name, " must have strides of whole 16 bytes, got ", pool.stride[i], " in dimension ", i);
-    }
-  }
-}
-
 QuantFormat quant_format(const char* op, const std::vector<int64_t>& numbers) {
   constexpr size_t kCount = 11;
   constexpr int64_t kMaxPage = 65536;

@@ -7,6 +7,7 @@
 #include "kvk/hadamard.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
+#include "kvk/sparse.h"
 #include "kvk/threads.h"
 
 namespace kvk::cpu {
@@ -24,5 +25,7 @@ void quantize_pages(const QuantizePagesArgs& args, Threads& threads);
 void dequantize_pages(const DequantizePagesArgs& args, Threads& threads);
 void quantize(const QuantizeArgs& args, Threads& threads);
 void dequantize(const DequantizeArgs& args, Threads& threads);
+void compress_pages(const CompressPagesArgs& args, Threads& threads);
+void decompress_pages(const DecompressPagesArgs& args, Threads& threads);
 
 }  // namespace kvk::cpu

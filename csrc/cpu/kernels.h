@@ -15,5 +15,10 @@ void merge_states_backward(const MergeStatesBackwardArgs& args, int64_t row_begi
 void hadamard(const HadamardArgs& args, int64_t row_begin, int64_t row_end);
 void quantize_block(const QuantBlock& block);
 void dequantize_block(const QuantBlock& block);
+void compress_block(const SparseBlock& block);
+void decompress_block(const SparseBlock& block);
+// The engine over records of bitmaps; attend() and merge_splits() call these.
+void attend_sparse(const PagedProblem& problem, const Plan& plan, Item item, void* scratch, const Partials& partials);
+void merge_sparse_splits(const PagedProblem& problem, const Tile& tile, const Partials& partials);
 
 }  // namespace kvk::cpu::KVK_LEVEL

@@ -9,6 +9,7 @@
 #include "cpu/grid.h"
 #include "cpu/plan.h"
 #include "cpu/quant_block.h"
+#include "cpu/sparse_block.h"
 #include "kvk/hadamard.h"
 #include "kvk/paged.h"
 
@@ -36,6 +37,8 @@ struct Kernels {
   void (*hadamard)(const HadamardArgs& args, int64_t row_begin, int64_t row_end);
   void (*quantize_block)(const QuantBlock& block);
   void (*dequantize_block)(const QuantBlock& block);
+  void (*compress_block)(const SparseBlock& block);
+  void (*decompress_block)(const SparseBlock& block);
 };
 
 // The level in use; chosen once.

@@ -40,39 +40,14 @@ int64_t attention_scratch_bytes(const PagedProblem& problem, const Plan& plan) {
 }
 
 void attend(const PagedProblem& problem, const Plan& plan, Item item, void* scratch, const Partials& partials) {
-  with_attention(problem, [&](auto type) {
-    typename decltype(type)::type attention(problem, plan, item, scratch);
-    attention.run();
-    if (plan.tiles[static_cast<size_t>(item.tile)].num_splits > 1) {
-      attention.write_partial(partials, item.split);
-    } else {
-      attention.write_output();
-    }
-  });
+  if (problem.bitmap != nullptr) return attend_sparse(problem, plan, item, scratch, partials);
+  with_attention(
+      problem, [&](auto type) { attend_item<typename decltype(type)::type>(problem, plan, item, scratch, partials); });
 }
 
 void merge_splits(const PagedProblem& problem, const Tile& tile, const Partials& partials) {
-  with_attention(problem, [&](auto type) {
-    const int rows = tile.rows(problem.group);
-    alignas(64) float acc[padded(256)];
-    for (int r = 0; r < rows; ++r) {
-      SoftmaxRow merged;
-      for (int s = 0; s < tile.num_splits; ++s) {
-        const float max = partials.max[tile.partial + int64_t{s} * rows + r];
-        merged.max = max > merged.max ? max : merged.max;
-      }
-      std::fill(acc, acc + padded(problem.head_dim_v), 0.0f);
-      for (int s = 0; s < tile.num_splits; ++s) {
-        const int64_t row = tile.partial + int64_t{s} * rows + r;
-        if (partials.max[row] == -kInf) continue;
-        const float factor = std::exp(partials.max[row] - merged.max);
-        merged.sum += partials.sum[row] * factor;
-        const float* part = partials.out + row * partials.out_stride;
-        for (int d = 0; d < problem.head_dim_v; d += W) store(load(acc + d) + load(part + d) * factor, acc + d);
-      }
-      decltype(type)::type::finish(problem, tile, r, acc, merged);
-    }
-  });
+  if (problem.bitmap != nullptr) return merge_sparse_splits(problem, tile, partials);
+  with_attention(problem, [&](auto type) { merge_item<typename decltype(type)::type>(problem, tile, partials); });
 }
 
 }  // namespace kvk::cpu::KVK_LEVEL

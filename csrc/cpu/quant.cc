@@ -4,6 +4,7 @@
 #include "cpu/backend.h"
 #include "cpu/levels.h"
 #include "cpu/parallel.h"
+#include "cpu/records.h"
 
 namespace kvk::cpu {
 namespace {
@@ -28,23 +29,6 @@ void clear_padding(const QuantPart& part, int64_t page_size, int64_t dim, uint8_
   std::fill(record + page_size * layout.row_bytes, record + layout.scale_offset, uint8_t{0});
   std::fill(record + layout.scale_offset + layout.num_scales * 2, record + layout.min_offset, uint8_t{0});
   std::fill(record + layout.min_offset + layout.num_scales * 2, record + layout.record_bytes, uint8_t{0});
-}
-
-uint8_t* record_at(const Tensor& pool, int64_t page, int64_t head) {
-  return pool.ptr<uint8_t>() + page * pool.stride[0] + head * pool.stride[1];
-}
-
-// Element 0 of (page, head) of a dense pool or of what dequantize_pages writes.
-void* dense_at(const Tensor& pages, int64_t page, int64_t head) {
-  return pages.ptr<char>() + (page * pages.stride[0] + head * pages.stride[2]) * element_size(pages.dtype);
-}
-
-// f(page of the list, head, is V) for all of them, on the threads.
-template <class F>
-void for_each_record(Threads& threads, int64_t num_pages, int64_t num_heads, const F& f) {
-  parallel_ranges(threads, num_pages * num_heads * 2, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i / (2 * num_heads), i % num_heads, i / num_heads % 2 == 1);
-  });
 }
 
 // Runs of rows of [..., T, n] that can be worked on apart.
@@ -92,8 +76,8 @@ void quantize_pages(const QuantizePagesArgs& args, Threads& threads) {
     const Tensor& pages = is_v ? args.v_pages : args.k_pages;
     const QuantPart& part = is_v ? format.v : format.k;
     const int64_t dim = is_v ? format.head_dim_v : format.head_dim;
-    const int64_t from = args.src.ptr<const int32_t>()[i * args.src.stride[0]];
-    const int64_t to = args.dst.ptr<const int32_t>()[i * args.dst.stride[0]];
+    const int64_t from = id_at(args.src, i);
+    const int64_t to = id_at(args.dst, i);
     uint8_t* record = record_at(is_v ? args.v_pool : args.k_pool, to, head);
     QuantBlock block = record_block(part, format.page_size, dim, record);
     block.clip = static_cast<float>(is_v ? args.v_clip : args.k_clip);
@@ -110,7 +94,7 @@ void dequantize_pages(const DequantizePagesArgs& args, Threads& threads) {
   const int64_t num_heads = args.k_pool.shape[1];
   for_each_record(threads, args.ids.shape[0], num_heads, [&](int64_t i, int64_t head, bool is_v) {
     const Tensor& out = is_v ? args.v : args.k;
-    const int64_t page = args.ids.ptr<const int32_t>()[i * args.ids.stride[0]];
+    const int64_t page = id_at(args.ids, i);
     QuantBlock block =
         record_block(is_v ? format.v : format.k, format.page_size, is_v ? format.head_dim_v : format.head_dim,
                      record_at(is_v ? args.v_pool : args.k_pool, page, head));

@@ -149,6 +149,17 @@ inline void into_pairs(float* row, int count) {
   }
 }
 
+// The order of memory again.
+template <class T>
+inline void out_of_pairs(float* row, int count) {
+  for (int d = 0; d + 2 * W <= count; d += 2 * W) {
+    V a = load(row + d), b = load(row + d + W);
+    from_pair<T>(a, b);
+    store(a, row + d);
+    store(b, row + d + W);
+  }
+}
+
 // Keeps x in a register over its uses: GCC would rather load it again as an operand of each, where loads are what binds.
 inline V in_register(V x) {
 #if defined(__AVX2__)

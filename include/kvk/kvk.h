@@ -6,5 +6,6 @@
 #include "kvk/hadamard.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
+#include "kvk/sparse.h"
 #include "kvk/threads.h"
 #include "kvk/types.h"

@@ -14,13 +14,15 @@ from kvk import cuda  # noqa: E402
 from kvk.cache import OutOfPagesError, PagedCache  # noqa: E402
 from kvk.cuda import precompile  # noqa: E402
 from kvk.explanation import explain  # noqa: E402
-from kvk.formats import QuantFormat  # noqa: E402
+from kvk.formats import BitmapFormat, QuantFormat  # noqa: E402
 from kvk.ops.block_sparse import block_sparse_attention, block_sparse_attention_backward  # noqa: E402
 from kvk.ops.hadamard import hadamard  # noqa: E402
 from kvk.ops.neighborhood import neighborhood_attention, neighborhood_attention_backward  # noqa: E402
 from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  # noqa: E402
 from kvk.ops.quant import dequantize, dequantize_pages, quantize, quantize_pages  # noqa: E402
 from kvk.ops.quant_attention import quant_decode, quant_prefill  # noqa: E402
+from kvk.ops.sparse import compress_pages, decompress_pages  # noqa: E402
+from kvk.ops.sparse_attention import sparse_decode, sparse_prefill  # noqa: E402
 from kvk.patterns import block_mask_to_csr  # noqa: E402
 from kvk.record import recording  # noqa: E402
 
@@ -29,6 +31,7 @@ cuda.provide_cubins()
 
 __version__ = "0.1.0"
 __all__ = [
+    "BitmapFormat",
     "OutOfPagesError",
     "PagedCache",
     "QuantFormat",
@@ -36,6 +39,8 @@ __all__ = [
     "block_mask_to_csr",
     "block_sparse_attention",
     "block_sparse_attention_backward",
+    "compress_pages",
+    "decompress_pages",
     "dequantize",
     "dequantize_pages",
     "explain",
@@ -51,4 +56,6 @@ __all__ = [
     "quantize",
     "quantize_pages",
     "recording",
+    "sparse_decode",
+    "sparse_prefill",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvk.formats.quant import QuantFormat
+from kvk.formats.sparse import BitmapFormat
 from kvk.reference.neighborhood import axis_mask
 
 Arguments = dict[str, Any]
@@ -71,9 +72,9 @@ def _paged(a: Arguments) -> Cost:
     return _attention(a, k.shape[2], dims * k.element_size(), dims)
 
 
-def _quant(a: Arguments) -> Cost:
+def _records(a: Arguments) -> Cost:
     """Keys of dense pages count as what they take, by the share of dense pages in the table."""
-    fmt: QuantFormat = a["fmt"]
+    fmt: QuantFormat | BitmapFormat = a["fmt"]
     dims = fmt.head_dim + fmt.head_dim_v
     record = (fmt.k_record_bytes + fmt.v_record_bytes) / fmt.page_size
     tags = a["page_indices"].cpu() >> 28
@@ -150,17 +151,18 @@ def _hadamard(a: Arguments) -> Cost:
     return Cost(2 * _size(x), x.numel() * (int(math.log2(n // m)) + (m if m > 1 else 0) + 1), "copy")
 
 
-def _quantize_pages(a: Arguments) -> Cost:
-    fmt: QuantFormat = a["fmt"]
+def _pack(a: Arguments) -> Cost:
+    fmt: QuantFormat | BitmapFormat = a["fmt"]
     count, heads = a["src"].numel(), a["k_pages"].shape[2]
     dense = fmt.page_size * (fmt.head_dim + fmt.head_dim_v) * a["k_pages"].element_size()
     return Cost(count * heads * (dense + fmt.k_record_bytes + fmt.v_record_bytes), 0, "copy")
 
 
-def _dequantize_pages(a: Arguments) -> Cost:
-    fmt: QuantFormat = a["fmt"]
+def _unpack(a: Arguments) -> Cost:
+    fmt: QuantFormat | BitmapFormat = a["fmt"]
     count, heads = a["ids"].numel(), a["k_pool"].shape[1]
-    dense = fmt.page_size * (fmt.head_dim + fmt.head_dim_v) * a["dtype"].itemsize
+    dtype = fmt.dtype if isinstance(fmt, BitmapFormat) else a["dtype"]
+    dense = fmt.page_size * (fmt.head_dim + fmt.head_dim_v) * dtype.itemsize
     return Cost(count * heads * (dense + fmt.k_record_bytes + fmt.v_record_bytes), 0, "copy")
 
 
@@ -182,10 +184,14 @@ COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "merge_states": _merge,
     "block_sparse_attention": _block_sparse,
     "neighborhood_attention": _neighborhood,
-    "quant_decode": _quant,
-    "quant_prefill": _quant,
-    "quantize_pages": _quantize_pages,
-    "dequantize_pages": _dequantize_pages,
+    "quant_decode": _records,
+    "quant_prefill": _records,
+    "sparse_decode": _records,
+    "sparse_prefill": _records,
+    "compress_pages": _pack,
+    "decompress_pages": _unpack,
+    "quantize_pages": _pack,
+    "dequantize_pages": _unpack,
     "quantize": _quantize,
     "dequantize": _dequantize,
     "hadamard": _hadamard,

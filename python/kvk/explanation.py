@@ -174,7 +174,7 @@ def _function(op: str) -> Callable[..., Any]:
 def _bound_arguments(
     function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
 ) -> dict[str, Any]:
-    from kvk.ops.quant import _format_of
+    from kvk.formats import format_of
 
     if isinstance(function, torch._ops.OpOverloadPacket):
         names = [argument.name for argument in function.default._schema.arguments]
@@ -182,7 +182,7 @@ def _bound_arguments(
     else:
         found = dict(inspect.signature(function).bind(*args, **options).arguments)
     if isinstance(found.get("fmt"), (list, tuple)):
-        found["fmt"] = _format_of(list(found["fmt"]))
+        found["fmt"] = format_of(list(found["fmt"]))
     return found
 
 

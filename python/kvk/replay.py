@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvk import reference
-from kvk.ops.quant import _format_of
+from kvk.formats import format_of
 from kvk.saved import SavedCall, SavedCallError, read_call
 
 # Beside twice the error of plain torch in the same dtype, in units of the dtype's epsilon at the scale of the row: the
@@ -70,7 +70,7 @@ def _with_format(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*, fmt: list[int], **arguments: Any) -> Any:
         clips = {name: arguments.pop(name) for name in ("k_clip", "v_clip") if name in arguments}
-        return function(fmt=replace(_format_of(fmt), **clips), **arguments)
+        return function(fmt=replace(format_of(fmt), **clips), **arguments)
 
     return run
 
@@ -108,6 +108,8 @@ REFERENCES: dict[str, Reference] = {
     "paged_prefill": _both_ways(reference.paged_prefill, _ATTENTION, "q"),
     "quant_decode": _both_ways(_named_records(_with_format(reference.quant_decode)), _ATTENTION, "q"),
     "quant_prefill": _both_ways(_named_records(_with_format(reference.quant_prefill)), _ATTENTION, "q"),
+    "sparse_decode": _both_ways(_named_records(_with_format(reference.sparse_decode)), _ATTENTION, "q"),
+    "sparse_prefill": _both_ways(_named_records(_with_format(reference.sparse_prefill)), _ATTENTION, "q"),
     "merge_states": _both_ways(reference.merge_states, _ATTENTION, "out"),
     "block_sparse_attention": _both_ways(reference.block_sparse_attention, _ATTENTION, "q"),
     "neighborhood_attention": _both_ways(reference.neighborhood_attention, _ATTENTION, "q"),
@@ -116,6 +118,8 @@ REFERENCES: dict[str, Reference] = {
     "append_kv": _in_place(reference.append_kv, ("k_pages", "v_pages")),
     "quantize_pages": _in_place(_with_format(reference.quantize_pages), ("k_pool", "v_pool")),
     "dequantize_pages": _exact(_with_format(reference.dequantize_pages), ("k", "v")),
+    "compress_pages": _in_place(_with_format(reference.compress_pages), ("k_pool", "v_pool")),
+    "decompress_pages": _exact(_with_format(reference.decompress_pages), ("k", "v")),
     "quantize": _exact(reference.quantize, ("codes", "scale", "min")),
     "dequantize": _exact(reference.dequantize, ("x",)),
 }

@@ -213,4 +213,40 @@ class Attention {
   Scratch scratch_ = {};
 };
 
+// One item: a tile's output, or one split's part of it.
+template <class Attention>
+void attend_item(const PagedProblem& problem, const Plan& plan, Item item, void* scratch, const Partials& partials) {
+  Attention attention(problem, plan, item, scratch);
+  attention.run();
+  if (plan.tiles[static_cast<size_t>(item.tile)].num_splits > 1) {
+    attention.write_partial(partials, item.split);
+  } else {
+    attention.write_output();
+  }
+}
+
+// A tile's output from its splits', in their order.
+template <class Attention>
+void merge_item(const PagedProblem& problem, const Tile& tile, const Partials& partials) {
+  const int rows = tile.rows(problem.group);
+  alignas(64) float acc[padded(256)];
+  for (int r = 0; r < rows; ++r) {
+    SoftmaxRow merged;
+    for (int s = 0; s < tile.num_splits; ++s) {
+      const float max = partials.max[tile.partial + int64_t{s} * rows + r];
+      merged.max = max > merged.max ? max : merged.max;
+    }
+    std::fill(acc, acc + padded(problem.head_dim_v), 0.0f);
+    for (int s = 0; s < tile.num_splits; ++s) {
+      const int64_t row = tile.partial + int64_t{s} * rows + r;
+      if (partials.max[row] == -kInf) continue;
+      const float factor = std::exp(partials.max[row] - merged.max);
+      merged.sum += partials.sum[row] * factor;
+      const float* part = partials.out + row * partials.out_stride;
+      for (int d = 0; d < problem.head_dim_v; d += W) store(load(acc + d) + load(part + d) * factor, acc + d);
+    }
+    Attention::finish(problem, tile, r, acc, merged);
+  }
+}
+
 }  // namespace kvk::cpu::KVK_LEVEL

@@ -31,9 +31,12 @@ class Prefetcher {
   void step() {
     if (--wait_ > 0) return;
     wait_ = every_;
-    for (int i = 0; i < lines_ && row_ != end_; ++i) {
-      prefetch_l2(static_cast<const char*>(*row_) + at_);
-      at_ += 64;
+    for (int64_t left = lines_; left > 0 && row_ != end_;) {
+      const char* line = static_cast<const char*>(*row_) + at_;
+      const int64_t lines = std::min(left, (span_ - at_ + 63) / 64);
+      for (int64_t i = 0; i < lines; ++i) prefetch_l2(line + 64 * i);
+      left -= lines;
+      at_ += 64 * lines;
       if (at_ >= span_) {
         at_ = 0;
         ++row_;
@@ -172,13 +175,21 @@ class DensePages : public RowFormat<T> {
   // What to fetch of a located block for kv heads [begin, end): whole rows where the heads lie side by side. V is fetched
   // by scores(), the next K by accumulate().
   Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
-    const int64_t steps = (rows.count + kKeyStep - 1) / kKeyStep * (end - begin) * dot_steps(num_rows);
-    return prefetch(rows.v, rows.count, v_, head_dim_v_, scratch, begin, end, steps);
+    return prefetch(rows.v, rows.count, v_, head_dim_v_, scratch, begin, end,
+                    (end - begin) * score_steps(rows.count, num_rows));
   }
   Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
+    return prefetch(rows.k, rows.count, k_, head_dim_, scratch, begin, end,
+                    (end - begin) * accumulate_steps(rows.count, num_rows));
+  }
+
+  // Steps of the prefetcher in scores() and accumulate() for num_rows rows of one head.
+  int64_t score_steps(int keys, int num_rows) const {
+    return int64_t{(keys + kKeyStep - 1) / kKeyStep} * dot_steps(num_rows);
+  }
+  int64_t accumulate_steps(int keys, int num_rows) const {
     const int width = (num_rows == 1 ? kVecs<1> : kVecs<4>)*W;
-    const int64_t columns = (head_dim_v_ + width - 1) / width * ((num_rows + 3) / 4);
-    return prefetch(rows.k, rows.count, k_, head_dim_, scratch, begin, end, columns * rows.count * (end - begin));
+    return int64_t{(head_dim_v_ + width - 1) / width} * ((num_rows + 3) / 4) * keys;
   }
 
   // s[r][j] = q_r . k_j for `heads` kv heads from head `begin`, num_rows rows each (q and s: [heads * num_rows, ld]).

@@ -103,16 +103,16 @@ class MixedPages {
     }
     bool full() const { return count_ + 2 > kMost; }
 
-    // `steps` times it will be stepped.
-    Prefetcher prefetcher(const void** scratch, int steps) const {
-      const int64_t span = (lines_ / (kBlockKeys - kMost) + 1) * kLine;
+    // `steps` times it will be stepped. Pieces of at least `least` lines.
+    Prefetcher prefetcher(const void** scratch, int64_t steps, int64_t least = 1) const {
+      const int64_t span = std::max(least, lines_ / (kBlockKeys - kMost) + 1) * kLine;
       int count = 0;
       for (int i = 0; i < count_; ++i) {
         for (int64_t at = 0; at < regions_[i].bytes && count < kBlockKeys; at += span) {
           scratch[count++] = regions_[i].begin + at;
         }
       }
-      return Prefetcher(scratch, count, span, static_cast<int>(lines_ / steps) + 1);
+      return Prefetcher::spread(scratch, count, span, steps);
     }
 
    private:

@@ -11,10 +11,10 @@ namespace kvk::cpu::KVK_LEVEL {
 
 // The rows of one kv head in a worker's memory, padded to whole register blocks.
 struct PanelRows {
-  float* q;        // [padded, ldq]
-  float* s;        // [padded, kBlockKeys] scores, then weights
-  float* out;      // [padded, ldo] running output
-  float* scale;    // [padded] factor of the running output in this block
+  float* q;      // [padded, ldq]
+  float* s;      // [padded, kBlockKeys] scores, then weights
+  float* out;    // [padded, ldo] running output
+  float* scale;  // [padded] factor of the running output in this block
   int ldq, ldo, rows, padded;
   int head_dim, head_dim_v;
   float* k_panels;

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvk.formats.quant import AXES, QuantFormat
+from kvk.formats.quant import QuantFormat
 
 _ops = torch.ops.kvk
 
@@ -122,23 +122,7 @@ def _check_devices(op: str, first: str, **tensors: Tensor) -> None:
             raise RuntimeError(f"kvk::{op}: {name} must be on {device} like {first}, got {tensor.device}")
 
 
-def _format_of(numbers: list[int]) -> QuantFormat:
-    page_size, head_dim, head_dim_v, k_bits, k_group, k_axis, k_rotate, v_bits, v_group, v_axis, v_rotate = (
-        numbers
-    )
-    return QuantFormat(
-        page_size,
-        head_dim,
-        k_bits,
-        v_bits,
-        k_group,
-        v_group,
-        AXES[k_axis],
-        AXES[v_axis],
-        head_dim_v,
-        k_rotate=k_rotate,
-        v_rotate=v_rotate,
-    )
+_format_of = QuantFormat.from_numbers
 
 
 @torch.library.register_fake("kvk::quantize_pages")

@@ -13,11 +13,15 @@ from kvk.reference.neighborhood import axis_mask, neighborhood_attention, neighb
 from kvk.reference.paged import append_kv, gather_request, paged_decode, paged_prefill, unpack_mask_bits
 from kvk.reference.quant import dequantize, dequantize_pages, quantize, quantize_pages
 from kvk.reference.quant_attention import quant_decode, quant_prefill
+from kvk.reference.sparse import compress_pages, decompress_pages
+from kvk.reference.sparse_attention import sparse_decode, sparse_prefill
 
 __all__ = [
     "append_kv",
     "axis_mask",
     "block_sparse_attention",
+    "compress_pages",
+    "decompress_pages",
     "dequantize",
     "dequantize_pages",
     "gather_request",
@@ -32,5 +36,7 @@ __all__ = [
     "quant_prefill",
     "quantize",
     "quantize_pages",
+    "sparse_decode",
+    "sparse_prefill",
     "unpack_mask_bits",
 ]

@@ -1,0 +1,207 @@
+// Rows of 16-bit elements and bitmaps: picking the largest, and moving the picked ones together and apart again. Bit i of a
+// bitmap, low bits first, stands for channel i; eight channels at a time are one byte shuffle with an index from its table.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/simd.h"
+
+namespace kvk::cpu::KVK_LEVEL {
+
+inline constexpr int kMaxRow = 256;             // channels
+inline constexpr int kMaxWords = kMaxRow / 64;  // of a row's bitmap
+
+// For every byte of a bitmap the byte shuffle of eight 16-bit elements: `apart` puts the k-th element where the k-th set bit is
+// and zeros elsewhere, `together` puts the picked ones at the front. 4 KiB each.
+struct ByteShuffles {
+  alignas(64) uint8_t apart[256][16];
+  alignas(64) uint8_t together[256][16];
+  constexpr ByteShuffles() : apart{}, together{} {
+    for (int bits = 0; bits < 256; ++bits) {
+      int next = 0;
+      for (int i = 0; i < 16; ++i) apart[bits][i] = together[bits][i] = 0x80;  // gives 0
+      for (int i = 0; i < 8; ++i) {
+        if ((bits >> i & 1) == 0) continue;
+        for (int half = 0; half < 2; ++half) {
+          apart[bits][2 * i + half] = static_cast<uint8_t>(2 * next + half);
+          together[bits][2 * next + half] = static_cast<uint8_t>(2 * i + half);
+        }
+        ++next;
+      }
+    }
+  }
+};
+inline constexpr ByteShuffles kByteShuffles;
+
+// to[i] = from[control[i]] for 16 bytes; 0 where control[i] has its top bit.
+inline void shuffle_16_bytes(const void* from, const uint8_t* control, void* to) {
+#if defined(__SSSE3__)
+  const __m128i x = _mm_loadu_si128(static_cast<const __m128i*>(from));
+  const __m128i y = _mm_shuffle_epi8(x, _mm_load_si128(reinterpret_cast<const __m128i*>(control)));
+  _mm_storeu_si128(static_cast<__m128i*>(to), y);
+#else
+  uint8_t x[16], y[16];
+  std::memcpy(x, from, 16);
+  for (int i = 0; i < 16; ++i) y[i] = control[i] < 16 ? x[control[i]] : 0;
+  std::memcpy(to, y, 16);
+#endif
+}
+
+// 64 bits of a row's bitmap from channel 64 * word; zeros behind its end.
+inline uint64_t bitmap_word(const uint8_t* bitmap, int dim, int word) {
+  uint64_t x = 0;
+  if (dim - 64 * word >= 64) {
+    std::memcpy(&x, bitmap + 8 * word, 8);
+  } else {
+    std::memcpy(&x, bitmap + 8 * word, static_cast<size_t>(dim / 8 - 8 * word));
+  }
+  return x;
+}
+
+// Byte i: twice the number of bits set below byte i, the offset in bytes of its first element among the word's. The bits are
+// counted in all bytes at once; a multiplication adds those below.
+inline uint64_t element_offsets(uint64_t bits) {
+  uint64_t x = bits - (bits >> 1 & 0x5555555555555555);
+  x = (x & 0x3333333333333333) + (x >> 2 & 0x3333333333333333);
+  x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0f;
+  return (x * 0x0101010101010101) << 9;
+}
+
+// A row of `dim` elements from its kept values and its bitmap. Reads 16 bytes from any value on, and behind the last one.
+inline void expand_row(const uint8_t* values, const uint8_t* bitmap, int dim, uint16_t* to) {
+  for (int word = 0; 64 * word < dim; ++word) {
+    const uint64_t bits = bitmap_word(bitmap, dim, word);
+    const uint64_t offsets = element_offsets(bits);
+    const int bytes = std::min(8, dim / 8 - 8 * word);
+    const auto eight = [&](int i) __attribute__((always_inline)) {
+      shuffle_16_bytes(values + (offsets >> 8 * i & 0xff), kByteShuffles.apart[bits >> 8 * i & 0xff],
+                       to + 64 * word + 8 * i);
+    };
+    if (bytes == 8) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) eight(i);
+    } else {
+      for (int i = 0; i < bytes; ++i) eight(i);
+    }
+    values += 2 * std::popcount(bits);
+  }
+}
+
+// `count` rows of a record, and where rows of `ld` elements are put apart.
+struct RowsApart {
+  const uint8_t* values;
+  int64_t value_row_bytes;
+  const uint8_t* bitmap;
+  int64_t bitmap_row_bytes;
+  int dim, count;
+  uint16_t* to;
+  int ld;
+};
+
+inline void expand_rows(const RowsApart& rows) {
+  for (int j = 0; j < rows.count; ++j) {
+    expand_row(rows.values + j * rows.value_row_bytes, rows.bitmap + j * rows.bitmap_row_bytes, rows.dim,
+               rows.to + static_cast<int64_t>(j) * rows.ld);
+  }
+}
+
+// The picked elements of a row, in order. Writes 16 bytes from any value on, and behind the last one.
+inline void squeeze_row(const uint16_t* row, const uint64_t* picked, int dim, uint8_t* values) {
+  for (int word = 0; 64 * word < dim; ++word) {
+    const uint64_t bits = picked[word], offsets = element_offsets(bits);
+    for (int i = 0; i < std::min(8, dim / 8 - 8 * word); ++i) {
+      shuffle_16_bytes(row + 64 * word + 8 * i, kByteShuffles.together[bits >> 8 * i & 0xff],
+                       values + (offsets >> 8 * i & 0xff));
+    }
+    values += 2 * std::popcount(bits);
+  }
+}
+
+// Bit i: bit kBit of byte i, of 64.
+template <int kBit>
+inline uint64_t bit_of_bytes(const uint8_t* p) {
+#if defined(__AVX512BW__)
+  return _cvtmask64_u64(_mm512_test_epi8_mask(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(1 << kBit))));
+#elif defined(__AVX2__)
+  const auto half = [](const uint8_t* from) {
+    const __m256i x = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(x, 7 - kBit)));
+  };
+  return half(p) | static_cast<uint64_t>(half(p + 32)) << 32;
+#elif defined(__SSE2__)
+  uint64_t bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    const __m128i x = _mm_load_si128(reinterpret_cast<const __m128i*>(p + 16 * i));
+    bits |= static_cast<uint64_t>(_mm_movemask_epi8(_mm_slli_epi16(x, 7 - kBit))) << 16 * i;
+  }
+  return bits;
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(p[i] >> kBit & 1) << i;
+  return bits;
+#endif
+}
+
+// The lowest n set bits of x.
+inline uint64_t lowest_bits(uint64_t x, int n) {
+#if defined(__BMI2__)
+  return n >= 64 ? x : _pdep_u64((uint64_t{1} << n) - 1, x);
+#else
+  uint64_t picked = 0;
+  for (int i = 0; i < n && x != 0; ++i, x &= x - 1) picked |= x & (0 - x);
+  return picked;
+#endif
+}
+
+// Picks the n largest of `dim` keys, of equal ones the first. The keys come as their bytes, the highest first: byte b of key i
+// is bytes[b][i], and the arrays hold whole runs of 64, zero behind dim. A radix selection bit by bit, without a branch on
+// the data: `left` keys are still to be picked among those of `open`, which agree in all higher bits.
+template <int kBytes, int kWords>
+inline void pick_largest(const uint8_t (*bytes)[kMaxRow], int dim, int n, uint64_t* picked) {
+  uint64_t open[kWords];
+  int left = n;
+#pragma GCC unroll 4
+  for (int w = 0; w < kWords; ++w) {
+    const int rest = dim - 64 * w;
+    open[w] = rest >= 64 ? ~uint64_t{0} : (uint64_t{1} << rest) - 1;
+    picked[w] = 0;
+  }
+  // Returns whether the open keys are as many as are left.
+  const auto step = [&](auto bit, const uint8_t* p) __attribute__((always_inline)) {
+    uint64_t ones[kWords], plane[kWords];
+    int count = 0;
+#pragma GCC unroll 4
+    for (int w = 0; w < kWords; ++w) {
+      plane[w] = bit_of_bytes<bit()>(p + 64 * w);
+      ones[w] = open[w] & plane[w];
+      count += std::popcount(ones[w]);
+    }
+    const bool among_ones = count >= left;
+    const uint64_t zeros = among_ones ? 0 : ~uint64_t{0};  // all ones are picked, the rest comes from the zeros
+#pragma GCC unroll 4
+    for (int w = 0; w < kWords; ++w) {
+      picked[w] |= ones[w] & zeros;
+      open[w] &= plane[w] ^ zeros;
+    }
+    const bool done = count == left;
+    left -= among_ones ? 0 : count;
+    return done;
+  };
+  const auto byte = [&](const uint8_t* p) __attribute__((always_inline)) {
+    return step(std::integral_constant<int, 7>(), p) || step(std::integral_constant<int, 6>(), p) ||
+           step(std::integral_constant<int, 5>(), p) || step(std::integral_constant<int, 4>(), p) ||
+           step(std::integral_constant<int, 3>(), p) || step(std::integral_constant<int, 2>(), p) ||
+           step(std::integral_constant<int, 1>(), p) || step(std::integral_constant<int, 0>(), p);
+  };
+  for (int b = 0; b < kBytes; ++b) {
+    if (byte(bytes[b])) break;
+  }
+#pragma GCC unroll 4
+  for (int w = 0; w < kWords; ++w) {
+    const uint64_t first = lowest_bits(open[w], left);
+    picked[w] |= first;
+    left -= std::popcount(first);
+  }
+}
+
+}  // namespace kvk::cpu::KVK_LEVEL

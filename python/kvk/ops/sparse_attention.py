@@ -1,0 +1,169 @@
+"""Attention straight over bitmap-sparse records, mixed with dense pages.
+
+Shapes as in kvk.ops.paged; N pages of records, M dense pages.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvk.formats.sparse import BitmapFormat
+from kvk.ops.paged import _both, _check_devices, _given
+
+_ops = torch.ops.kvk
+
+
+def sparse_decode(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    page_indices: Tensor,
+    kv_lens: Tensor,
+    fmt: BitmapFormat,
+    *,
+    k_pages: Tensor | None = None,
+    v_pages: Tensor | None = None,
+    page_indptr: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one new token per request over bitmap-sparse pages (Mustafar), no copy of the cache made.
+
+    What it computes is :func:`paged_decode` over the pages that :func:`decompress_pages` would give; without rotation
+    and with q of fmt.dtype it is that to the bit, for the same request on the same machine. A step reads the records of
+    the listed pages once for all query heads of a kv head, fmt.bits_per_element bits an element. Where the format
+    rotates, q is rotated and out is rotated back here; dense pages are not stored rotated.
+
+    Args:
+        q: [B, Hq, D], fmt.dtype or float32; last stride 1.
+        k_pool, v_pool: uint8 [N, Hkv, fmt.k_record_bytes] and [N, Hkv, fmt.v_record_bytes], as compress_pages
+            writes them.
+        page_indices: as in :func:`paged_decode`, with a tag in bits 28 to 30 of each entry: ``page`` is a record,
+            ``page | 1 << 28`` a page of k_pages and v_pages. Any mix: recent tokens, sinks, important pages stay dense.
+        kv_lens: int32 [B] or [B, Hkv].
+        fmt: what the records hold.
+        k_pages, v_pages: [M, P, Hkv, D] and [M, P, Hkv, Dv], q's dtype, any strides with the last one 1; both or none.
+        key_bias: float32 [N + M, P] or [N + M, P, Hkv]: the records' pages first, then the dense ones.
+        page_indptr, softmax_scale, window_left, logits_soft_cap, alibi_slopes, sinks, out, lse: as in
+            :func:`paged_decode`.
+
+    Returns:
+        out [B, Hq, Dv] in q's dtype; lse [B, Hq], float32.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
+    """
+    options = _given(
+        k_pages=k_pages,
+        v_pages=v_pages,
+        page_indptr=page_indptr,
+        softmax_scale=softmax_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        key_bias=key_bias,
+    )
+    args = (q, k_pool, v_pool, page_indices, kv_lens, fmt.numbers)
+    if out is None and lse is None:
+        return _ops.sparse_decode(*args, **options)
+    out, lse = _both("sparse_decode", out, lse)
+    _ops.sparse_decode.out(*args, **options, out=out, lse=lse)
+    return out, lse
+
+
+def sparse_prefill(
+    q: Tensor,
+    qo_indptr: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    page_indices: Tensor,
+    kv_lens: Tensor,
+    fmt: BitmapFormat,
+    *,
+    k_pages: Tensor | None = None,
+    v_pages: Tensor | None = None,
+    page_indptr: Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    mask_bits: Tensor | None = None,
+    mask_width: int = -1,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of several new tokens per request over bitmap-sparse and dense pages: chunked prefill, verification.
+
+    Args:
+        q, qo_indptr, causal, mask_bits, mask_width: as in :func:`paged_prefill`.
+        k_pool, v_pool, page_indices, kv_lens, fmt, k_pages, v_pages and the other options: as in :func:`sparse_decode`.
+
+    Returns:
+        out [T, Hq, Dv] in q's dtype; lse [T, Hq], float32.
+
+    Raises:
+        RuntimeError: as in :func:`sparse_decode`.
+    """
+    options = _given(
+        k_pages=k_pages,
+        v_pages=v_pages,
+        page_indptr=page_indptr,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        key_bias=key_bias,
+        mask_bits=mask_bits,
+        mask_width=mask_width,
+    )
+    args = (q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt.numbers)
+    if out is None and lse is None:
+        return _ops.sparse_prefill(*args, **options)
+    out, lse = _both("sparse_prefill", out, lse)
+    _ops.sparse_prefill.out(*args, **options, out=out, lse=lse)
+    return out, lse
+
+
+def _fake(q: Tensor, fmt: list[int]) -> tuple[Tensor, Tensor]:
+    head_dim_v = fmt[2]
+    out = q.new_empty((q.shape[0], q.shape[1], head_dim_v))
+    return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("kvk::sparse_decode")
+def _(q, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
+    _check_devices("sparse_decode", "q", q=q, k_pool=k_pool, v_pool=v_pool, page_indices=page_indices,
+                   kv_lens=kv_lens, **options)  # fmt: skip
+    return _fake(q, fmt)
+
+
+@torch.library.register_fake("kvk::sparse_decode.out")
+def _(q, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
+    _check_devices("sparse_decode", "q", q=q, k_pool=k_pool, v_pool=v_pool, page_indices=page_indices,
+                   kv_lens=kv_lens, **options)  # fmt: skip
+
+
+@torch.library.register_fake("kvk::sparse_prefill")
+def _(q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
+    _check_devices("sparse_prefill", "q", q=q, qo_indptr=qo_indptr, k_pool=k_pool, v_pool=v_pool,
+                   page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
+    return _fake(q, fmt)
+
+
+@torch.library.register_fake("kvk::sparse_prefill.out")
+def _(q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
+    _check_devices("sparse_prefill", "q", q=q, qo_indptr=qo_indptr, k_pool=k_pool, v_pool=v_pool,
+                   page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip

@@ -68,6 +68,11 @@ class QuantAttentionCase:
         return self.dense.dtype
 
     @property
+    def fmt(self) -> Any:
+        """What the records hold."""
+        return quant_format(self.dense.page_size, self.dense.head_dim, self.bits)
+
+    @property
     def pages(self) -> int:
         """Pages of all requests."""
         return self.dense.batch * math.ceil(self.dense.kv_len / self.dense.page_size)
@@ -75,8 +80,7 @@ class QuantAttentionCase:
     @property
     def bytes(self) -> int:
         """Records of all listed pages once; q, out, lse and the page table."""
-        dense = self.dense
-        fmt = quant_format(dense.page_size, dense.head_dim, self.bits)
+        dense, fmt = self.dense, self.fmt
         records = self.pages * dense.kv_heads * (fmt.k_record_bytes + fmt.v_record_bytes)
         rows = dense.tokens * dense.q_heads * (2 * dense.head_dim * DTYPES[dense.dtype].itemsize + 4)
         return records + rows + 4 * self.pages
@@ -90,15 +94,18 @@ class QuantAttentionCase:
         """Dense pages, quantized."""
         import kvk
 
-        data = self.dense.make(seed)
-        fmt = quant_format(self.dense.page_size, self.dense.head_dim, self.bits)
+        return QuantAttentionData(*self.packed(seed, kvk.quantize_pages))
+
+    def packed(self, seed: int, pack: Callable[..., None]) -> tuple[Any, ...]:
+        """What the data are made of: case, dense pages, format, pools."""
+        data, fmt = self.dense.make(seed), self.fmt
         ids = torch.arange(self.pages, dtype=torch.int32)
         k_pool, v_pool = fmt.new_pool(self.pages, self.dense.kv_heads)
-        kvk.quantize_pages(data.k_pages, data.v_pages, ids, k_pool, v_pool, ids, fmt)
+        pack(data.k_pages, data.v_pages, ids, k_pool, v_pool, ids, fmt)
         tensors = (k_pool, v_pool, data.page_indices, data.q)
         out_and_lse = data.q.nbytes + 4 * data.q.shape[0] * data.q.shape[1]
         assert self.bytes == sum(x.nbytes for x in tensors) + out_and_lse
-        return QuantAttentionData(self, data, fmt, k_pool, v_pool)
+        return self, data, fmt, k_pool, v_pool
 
 
 @dataclass
@@ -112,12 +119,17 @@ class QuantAttentionData:
     v_pool: torch.Tensor
 
     @cached_property
-    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse) in fp64 over the dequantized numbers."""
+    def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pages that the records stand for, in the order of the table."""
         import kvk
 
         ids = self.dense.page_indices.flatten()
-        k, v = kvk.dequantize_pages(self.k_pool, self.v_pool, ids, self.fmt, torch.float32)
+        return kvk.dequantize_pages(self.k_pool, self.v_pool, ids, self.fmt, torch.float32)
+
+    @cached_property
+    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse) in fp64 over the records' numbers."""
+        k, v = self.pages
         dense = self.dense.case
         shape = (dense.batch, -1, dense.kv_heads, dense.head_dim)
         k, v = (x.reshape(shape)[:, : dense.kv_len].transpose(1, 2).contiguous() for x in (k, v))
@@ -200,20 +212,28 @@ class QuantizePagesCase:
         return f"{self.bits}bit-{self.dtype}-{self.kv_heads}h-{self.pages}p{self.page_size}"
 
     @property
+    def fmt(self) -> Any:
+        """What the records hold."""
+        return quant_format(self.page_size, self.head_dim, self.bits)
+
+    @property
     def bytes(self) -> int:
         """Dense pages read, records written."""
-        fmt = quant_format(self.page_size, self.head_dim, self.bits)
+        fmt = self.fmt
         row = 2 * self.page_size * self.head_dim * DTYPES[self.dtype].itemsize
         return self.pages * self.kv_heads * (row + fmt.k_record_bytes + fmt.v_record_bytes)
 
     def make(self, seed: int) -> QuantizePagesData:
         """Random pages."""
+        return QuantizePagesData(*self.drawn(seed))
+
+    def drawn(self, seed: int) -> tuple[Any, ...]:
+        """What the data are made of: case, dense pages, ids, pools, format."""
         generator = torch.Generator().manual_seed(seed)
         shape = (2, self.pages, self.page_size, self.kv_heads, self.head_dim)
         k_pages, v_pages = torch.randn(shape, generator=generator).to(DTYPES[self.dtype])
-        fmt = quant_format(self.page_size, self.head_dim, self.bits)
         ids = torch.randperm(self.pages, generator=generator).int()
-        return QuantizePagesData(self, k_pages, v_pages, ids, *fmt.new_pool(self.pages, self.kv_heads), fmt)
+        return self, k_pages, v_pages, ids, *self.fmt.new_pool(self.pages, self.kv_heads), self.fmt
 
 
 @dataclass
@@ -230,12 +250,8 @@ class QuantizePagesData:
 
     def check(self, result: tuple[torch.Tensor, torch.Tensor]) -> float:
         """Some records, byte for byte."""
-        from kvk import reference
-
         few = self.ids[:4]
-        want = [torch.zeros_like(pool) for pool in result]
-        reference.quantize_pages(self.k_pages, self.v_pages, few, *want, few, self.fmt)
-        for got, records in zip(result, want, strict=True):
+        for got, records in zip(result, self.records(few), strict=True):
             if not torch.equal(got[few.long()], records[few.long()]):
                 raise WrongResultError("records differ from the reference's")
         return 0.0
@@ -244,6 +260,14 @@ class QuantizePagesData:
         """Other bytes, so that nobody is judged by the work of the one before."""
         self.k_pool.fill_(255)
         self.v_pool.fill_(255)
+
+    def records(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """What the reference makes of some pages."""
+        from kvk import reference
+
+        want = [torch.zeros_like(pool) for pool in (self.k_pool, self.v_pool)]
+        reference.quantize_pages(self.k_pages, self.v_pages, ids, *want, ids, self.fmt)
+        return want
 
 
 def quantize_pages(data: QuantizePagesData) -> tuple[torch.Tensor, torch.Tensor]:

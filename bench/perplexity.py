@@ -16,6 +16,7 @@ from kvk.demo.model import converted_model, load
 from kvk.demo.text import read_text
 from kvk.integrations.transformers import KvkCache
 from kvk.recipes.kivi import kivi_cache
+from kvk.recipes.mustafar import mustafar_cache
 from kvk.recipes.rotated_int4 import rotated_int4_cache
 
 WINDOW, UNSCORED = 1024, 128
@@ -29,6 +30,10 @@ CACHES: dict[str, Callable[[], KvkCache]] = {
     "KIVI 2 bit, no sinks, tail 128": lambda: kivi_cache(2),
     "rotated int4, no sinks": rotated_int4_cache,
     "rotated 2 bit, groups of 32": lambda: rotated_int4_cache(2, group=32, sinks=1),
+    "Mustafar 50%, no sinks": lambda: mustafar_cache(0.5, tail=0),
+    "Mustafar 70% (24 of 64), no sinks": lambda: mustafar_cache(0.7, tail=0),
+    "Mustafar 75%, no sinks": lambda: mustafar_cache(0.75, tail=0),
+    "Mustafar 50% rotated, no sinks": lambda: mustafar_cache(0.5, tail=0, rotated=True),
 }
 
 

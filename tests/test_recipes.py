@@ -14,6 +14,7 @@ from hf_models import VOCAB, generate, logits, tiny
 from kvk.integrations.transformers import KvkCache
 from kvk.pages import DensePages, PackedPages
 from kvk.recipes.kivi import kivi_cache
+from kvk.recipes.mustafar import kept, mustafar_cache
 from kvk.recipes.rotated_int4 import rotated_int4_cache
 
 
@@ -61,6 +62,32 @@ def test_a_model_over_a_recipe(
     token = 2 * 2 * 32  # kv heads, K and V
     used = 32 * token * (residency.records.num_used * bits / 8 + residency.slots.num_used * 4)
     assert cache.nbytes_used == 2 * used and residency.records.num_used > 0
+
+
+@pytest.mark.parametrize(("sparsity", "bound"), [(0.5, 0.35), (0.75, 0.8)])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_mustafar(llama: Any, ids: torch.Tensor, sparsity: float, bound: float, rotated: bool) -> None:
+    """Head dim 32: 16 and 8 elements of a row and 4 bytes of bitmap."""
+    cache = mustafar_cache(sparsity, rotated=rotated, page_size=16, tail=16, dtype=torch.float32)
+    got, want = chunked(llama, cache, ids), logits(llama, "sdpa", ids)
+    error = (got - want).norm() / want.norm()
+    assert 1e-3 < error < bound
+    cache.pack()
+    residency, layer = cache.pool._residency, cache.pool.layers[0]
+    assert layer.fmt.k_record_bytes == 16 * (2 * kept(sparsity, 32) + 4)
+    records = residency.records.num_used * 2 * (layer.fmt.k_record_bytes + layer.fmt.v_record_bytes)
+    assert cache.nbytes_used == 2 * (records + residency.slots.num_used * 16 * 2 * 2 * 32 * 4)
+    assert residency.records.num_used > 0
+    cache.crop(100)  # into packed pages, which are unpacked
+    again = logits(llama, "kvk", ids[:, 100:130], past_key_values=cache)
+    assert (again - want[:, 100:130]).norm() / want[:, 100:130].norm() < bound
+
+
+def test_mustafar_counts() -> None:
+    assert [kept(s, 128) for s in (0.0, 0.5, 0.7, 0.75, 0.99)] == [128, 64, 40, 32, 8]
+    assert [kept(s, 64) for s in (0.5, 0.7)] == [32, 24]
+    with pytest.raises(ValueError, match=r"sparsity must be at least 0 and below 1, got 1\.0"):
+        mustafar_cache(1.0)
 
 
 def test_left_padding_forks_and_crop(llama: Any, ids: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from kvk.block_table import BlockTable, OutOfPagesError
-from kvk.formats.quant import QuantFormat
+from kvk.formats import BitmapFormat, QuantFormat
 from kvk.page_table import PageTable
 from kvk.pages import DensePages, PackedPages
 from kvk.residency import Before, Move, Residency
@@ -90,7 +90,8 @@ class PagedCache:
         initial_pages: pages there is memory for from the start. The pools grow by about an eighth when they are full;
             with initial_pages = max_pages their addresses never change (graph capture).
         dtype, device: of the pages; q, k and v must match.
-        fmt: what full pages become in the layers made at once, say a `kvk.QuantFormat`; None: they stay dense.
+        fmt: what full pages become in the layers made at once, a `kvk.QuantFormat` or `kvk.BitmapFormat`; None: they
+            stay dense.
         residual: tokens at the end of each request that stay dense in layers with a format; the default is 128 where
             fmt is given. None: the cache takes no layers with a format.
         sinks: pages at the beginning of each request that stay dense in those layers.
@@ -117,7 +118,7 @@ class PagedCache:
         initial_pages: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        fmt: QuantFormat | None = None,
+        fmt: QuantFormat | BitmapFormat | None = None,
         residual: int | None = None,
         sinks: int = 0,
         max_dense_pages: int | None = None,
@@ -167,7 +168,7 @@ class PagedCache:
         *,
         head_dim_v: int | None = None,
         dtype: torch.dtype = torch.float32,
-        fmt: QuantFormat | None = None,
+        fmt: QuantFormat | BitmapFormat | None = None,
     ) -> int:
         """One more layer, of dense pages or of a format; returns its index. Layers may differ in all of these."""
         head_dim_v = head_dim if head_dim_v is None else head_dim_v

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from kvk.formats.quant import QuantFormat
+from kvk.formats import BitmapFormat, QuantFormat
 from kvk.ops.paged import append_kv, paged_decode, paged_prefill
 from kvk.ops.quant import dequantize_pages, quantize_pages
 from kvk.ops.quant_attention import quant_decode, quant_prefill
+from kvk.ops.sparse import compress_pages, decompress_pages
+from kvk.ops.sparse_attention import sparse_decode, sparse_prefill
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -120,9 +122,17 @@ class PageOps:
     ]  # (q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt, k_pages=, v_pages=, ...)
 
 
+def _decompress_as(
+    k_pool: torch.Tensor, v_pool: torch.Tensor, ids: torch.Tensor, fmt: BitmapFormat, dtype: torch.dtype
+) -> Pair:
+    k, v = decompress_pages(k_pool, v_pool, ids, fmt)
+    return k.to(dtype), v.to(dtype)
+
+
 # A format has page_size, head_dim, head_dim_v, k_record_bytes, v_record_bytes and new_pool.
 PAGE_OPS: dict[type, PageOps] = {
     QuantFormat: PageOps(quantize_pages, dequantize_pages, quant_decode, quant_prefill),
+    BitmapFormat: PageOps(compress_pages, _decompress_as, sparse_decode, sparse_prefill),
 }
 
 
@@ -136,7 +146,7 @@ class PackedPages:
     def __init__(
         self,
         num_kv_heads: int,
-        fmt: QuantFormat,
+        fmt: QuantFormat | BitmapFormat,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",

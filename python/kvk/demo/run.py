@@ -25,6 +25,7 @@ def cache_configs() -> list[CacheConfig]:
 
     from kvk.integrations.transformers import KvkCache
     from kvk.recipes.kivi import kivi_cache
+    from kvk.recipes.mustafar import mustafar_cache
     from kvk.recipes.rotated_int4 import rotated_int4_cache
 
     def spread_dense(cache: Any, batch: int) -> Any:
@@ -60,6 +61,8 @@ def cache_configs() -> list[CacheConfig]:
         packed("KIVI 4 bit", lambda: kivi_cache(4, dtype=torch.bfloat16), 1.02),
         packed("KIVI 2 bit", lambda: kivi_cache(2, dtype=torch.bfloat16), 1.35),
         packed("rotated int4", lambda: rotated_int4_cache(dtype=torch.bfloat16), 1.1),
+        packed("Mustafar 50%", lambda: mustafar_cache(0.5), 1.1),
+        packed("Mustafar 70%", lambda: mustafar_cache(0.7), 1.2),
     ]
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvk.cache import PagedCache, Step
-from kvk.formats.quant import QuantFormat
+from kvk.formats import BitmapFormat, QuantFormat
 from kvk.integrations.transformers_masks import KvkMask, pack_bits
 
 
@@ -129,7 +129,7 @@ class KvkCache(Cache):
         max_pages: int | None = None,
         initial_pages: int = 0,
         dtype: torch.dtype | None = None,
-        new_format: Callable[[int, int, int], QuantFormat | None] | None = None,
+        new_format: Callable[[int, int, int], QuantFormat | BitmapFormat | None] | None = None,
         residual: int = 128,
         sinks: int = 0,
         max_dense_pages: int | None = None,

@@ -153,6 +153,12 @@ def test_installed_wheel_runs(python: Path, tmp_path: Path) -> None:
     assert done.stdout.strip().startswith(str(python.parent.parent))
 
 
+def test_the_ops_without_the_python_package(python: Path, tmp_path: Path) -> None:
+    """examples/python: the library of the installed wheel, and nothing of `import kvk`."""
+    done = run([python, ROOT / "examples" / "python" / "sparse_decode.py"], cwd=tmp_path)
+    assert done.stdout.startswith("out [1, 32, 128], 98304 bytes a page instead of 262144: 0.375")
+
+
 def test_info(python: Path, tmp_path: Path) -> None:
     done = run([python, "-m", "kvk", "info"], cwd=tmp_path)
     lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())

@@ -82,9 +82,9 @@ def test_real_model_memory(runs: list[measure.Result]) -> None:
 
 def test_real_model_compressed(runs: list[measure.Result]) -> None:
     """The recipes lose little, in the order of their bits, and hold fewer bytes."""
-    reference, _, bf16, kivi4, kivi2, int4 = runs
+    reference, _, bf16, kivi4, kivi2, int4, half, seventy = runs
     assert int4.nbytes < 0.6 * bf16.nbytes  # KIVI's tail of 128 is most of this short workload
-    for result in (kivi4, kivi2, int4):
+    for result in (kivi4, kivi2, int4, half, seventy):
         agreement = measure.compare(result, reference)
         assert agreement.ok and agreement.positions == 160 + 60 + 18
         assert agreement.loss == result.perplexity / reference.perplexity
@@ -106,7 +106,7 @@ def test_demo_quick(real_model: tuple[Any, Any], capsys: pytest.CaptureFixture[s
     for config in run.cache_configs():
         assert config.name in printed
     assert printed.count("agrees with torch") == 2 and "goes on after" in printed
-    assert printed.count("is as good as it should be") == 3
+    assert printed.count("is as good as it should be") == 5
 
 
 def test_demo_fails_when_results_differ(

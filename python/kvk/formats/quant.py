@@ -152,8 +152,19 @@ class QuantFormat:
         """The format that these integers stand for; its clips are 1."""
         page_size, head_dim, head_dim_v, *parts = numbers
         k_bits, k_group, k_axis, k_rotate, v_bits, v_group, v_axis, v_rotate = parts
-        axes, rotates = (AXES[k_axis], AXES[v_axis]), {"k_rotate": k_rotate, "v_rotate": v_rotate}
-        return cls(page_size, head_dim, k_bits, v_bits, k_group, v_group, *axes, head_dim_v, **rotates)
+        return cls(
+            page_size,
+            head_dim,
+            k_bits,
+            v_bits,
+            k_group,
+            v_group,
+            AXES[k_axis],
+            AXES[v_axis],
+            head_dim_v,
+            k_rotate=k_rotate,
+            v_rotate=v_rotate,
+        )
 
     def new_pool(
         self, num_pages: int, num_kv_heads: int, device: torch.device | str | None = None

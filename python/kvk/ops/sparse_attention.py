@@ -36,10 +36,10 @@ def sparse_decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one new token per request over bitmap-sparse pages (Mustafar), no copy of the cache made.
 
-    What it computes is :func:`paged_decode` over the pages that :func:`decompress_pages` would give; without rotation
-    and with q of fmt.dtype it is that to the bit, for the same request on the same machine. A step reads the records of
-    the listed pages once for all query heads of a kv head, fmt.bits_per_element bits an element. Where the format
-    rotates, q is rotated and out is rotated back here; dense pages are not stored rotated.
+    What it computes is :func:`paged_decode` over the pages that :func:`decompress_pages` would give; where everything is
+    kept, without rotation and with q of fmt.dtype, to the bit. A step reads the records of the listed pages once for
+    all query heads of a kv head, fmt.bits_per_element bits an element. Where the format rotates, q is rotated and out
+    is rotated back here; dense pages are not stored rotated.
 
     Args:
         q: [B, Hq, D], fmt.dtype or float32; last stride 1.

@@ -36,7 +36,7 @@ def sparse_decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one new token per request over bitmap-sparse pages (Mustafar), no copy of the cache made.
 
-    What it computes is :func:`paged_decode` over the pages that :func:`decompress_pages` would give; where everything is
+    What it computes is :func:`paged_decode` over the pages that :func:`decompress_pages` would give; where all is
     kept, without rotation and with q of fmt.dtype, to the bit. A step reads the records of the listed pages once for
     all query heads of a kv head, fmt.bits_per_element bits an element. Where the format rotates, q is rotated and out
     is rotated back here; dense pages are not stored rotated.

@@ -219,6 +219,15 @@ std::vector<Kernel> default_kernels() {
   kernels.push_back({"kvk/device/append_kv.cuh", "kvk::device::append_kv_kernel<2>"});
   for (const Kernel& kernel : check_kernels()) kernels.push_back(kernel);
   for (const Kernel& kernel : default_quant_kernels()) kernels.push_back(kernel);
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    for (const int bits : {2, 4}) {  // KIVI
+      QuantPools pools = {};
+      pools.format = {64, 128, 128, {bits, 32, true, 0}, {bits, 32, false, 0}};
+      const PageFormat format(pools);
+      kernels.push_back(decode_kernel(dtype, 128, 128, 1, 0, false, format));
+      if (bits == 4) kernels.push_back(prefill_kernel(dtype, 128, 128, 0, false, format));
+    }
+  }
   for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
     for (const char* name : {"merge_states_kernel", "merge_states_backward_kernel"}) {
       kernels.push_back({"kvk/device/merge_states.cuh", instance(name, dtype)});

@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import kvk
 import torch
 from card import Card, CudaCard, EmulatedCard
 from kvk import reference
 from kvk_testing import assert_bit_equal
 from paged_cases import make_case
+from quant_attention_cases import make_quant_case
 
 BF16 = {"dtype": torch.bfloat16, "head_dim": 64}
 F16 = {"dtype": torch.float16, "head_dim": 32, "head_dim_v": 40}
@@ -53,7 +55,39 @@ def walk(card: Card) -> int:
         torch.testing.assert_close(merged[1].cpu().double(), exact[1], rtol=1e-4, atol=1e-4)
         grads = card.ops.merge_states_backward(*merged, *parts)
         assert all(bool(grad.isfinite().all()) for grad in grads)
-    return len(cases) + 6
+    return len(cases) + 6 + walk_quantized(card)
+
+
+def walk_quantized(card: Card) -> int:
+    """Records and attention over them, and the transform of rows in lanes, over shared memory, and in two parts."""
+    gen = torch.Generator().manual_seed(0)
+    for n in (128, 96, 2048, 32768):
+        x = torch.randn(3, n, generator=gen)
+        assert_bit_equal(card.ops.hadamard(*card.put([x])).cpu(), kvk.hadamard(x))
+    src, dst = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+    rotated = kvk.QuantFormat(32, 96, 4, 4, 32, 32, "token", k_rotate=1, v_rotate=1)
+    for fmt, dtype in ((kvk.QuantFormat(32, 64), torch.float32), (rotated, torch.bfloat16)):
+        pages = torch.randn(2, 4, 32, 3, fmt.head_dim, generator=gen).to(dtype)
+        want = [pool.zero_() for pool in fmt.new_pool(3, 3)]
+        kvk.quantize_pages(pages[0], pages[1], src, *want, dst, fmt)
+        pools = card.put([torch.zeros_like(pool) for pool in want])
+        k, v, *ids = card.put([pages[0], pages[1], src, dst])
+        card.ops.quantize_pages(k, v, ids[0], *pools, ids[1], fmt.numbers)
+        for got, right in zip(pools, want, strict=True):
+            assert_bit_equal(got.cpu(), right)
+        back = card.ops.dequantize_pages(*pools, ids[1], fmt.numbers, pages.dtype)
+        for got, right in zip(back, kvk.dequantize_pages(*want, dst, fmt, pages.dtype), strict=True):
+            assert_bit_equal(got.cpu(), right)
+    for queries in (None, [1, 0, 40]):
+        case = make_quant_case(
+            [600, 0, 70], queries, fmt=kvk.QuantFormat(32, 64), dtype=torch.bfloat16, group=3
+        )
+        op = getattr(card.ops, case.name)
+        out, lse = op(*card.put(case.args), case.fmt.numbers, **card.put_options(case.options))
+        right_out, right_lse = case.run()
+        torch.testing.assert_close(out.cpu(), right_out, rtol=0.03, atol=0.02)
+        torch.testing.assert_close(lse.cpu(), right_lse, rtol=1e-2, atol=1e-2)
+    return 10
 
 
 def main() -> int:

@@ -55,14 +55,21 @@ struct PagedPrefillShape {
   }
 };
 
+// A format's staged bytes by the number of keys.
+template <class Pages>
+struct StagedOf {
+  int head_dim, head_dim_v;
+  KVK_HOST_DEVICE constexpr StagedBytes operator()(int keys) const { return Pages::staged(head_dim, head_dim_v, keys); }
+};
+
 template <class T_, int kHeadDim_, int kHeadDimV_, uint32_t kParts_, bool kSmall_ = false, class Pages_ = DensePages>
 struct PagedPrefillConfig {
   using T = T_;
   using Pages = Pages_;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;
   static constexpr uint32_t kParts = kParts_;
-  static constexpr PagedPrefillShape kShape = PagedPrefillShape(
-      kHeadDim_, kHeadDimV_, kSmall_, [](int keys) { return Pages_::staged(kHeadDim_, kHeadDimV_, keys); });
+  static constexpr PagedPrefillShape kShape =
+      PagedPrefillShape(kHeadDim_, kHeadDimV_, kSmall_, StagedOf<Pages_>{kHeadDim_, kHeadDimV_});
   static constexpr int kWarps = kShape.kWarps, kThreads = kShape.kThreads, kStages = kShape.kStages;
   static constexpr int kDim = kShape.dim, kDimV = kShape.dim_v, kPitch = kShape.pitch, kPitchV = kShape.pitch_v;
   static constexpr int kRowTiles = kShape.row_tiles, kWarpRows = 16 * kRowTiles, kRows = kShape.rows;

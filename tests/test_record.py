@@ -80,6 +80,8 @@ def call_everything() -> None:
     sparse = *(torch.randn(50, heads, 32) for heads in (4, 2, 2)), *pattern, 32, 32
     out, lse = kvk.block_sparse_attention(*sparse, causal=True)
     kvk.block_sparse_attention_backward(out, lse, *sparse[:3], out, lse, *sparse[3:], causal=True)
+    lists = torch.tensor([[[0, 3, 40]]], dtype=torch.int32), torch.tensor([[[0, 9]]], dtype=torch.int32)
+    kvk.vertical_slash_attention(*sparse[:3], *lists)
     image = [torch.randn(1, 7, 8, heads, 32) for heads in (4, 2, 2)]
     out, lse = kvk.neighborhood_attention(*image, (3, 4), is_causal=(True, False))
     kvk.neighborhood_attention_backward(out, lse, *image, out, lse, (3, 4), is_causal=(True, False))

@@ -25,6 +25,33 @@ Sequences check_sequences(const ArgChecker& check, const std::optional<Tensor>& 
   return {starts->ptr<const int32_t>(), starts->stride[0], starts->shape[0] - 1, total};
 }
 
+// cu_seqlens_q and cu_seqlens_k, or neither.
+template <class Args, class Problem>
+void check_both_sequences(const ArgChecker& check, const Args& args, Problem& problem) {
+  if (args.cu_seqlens_q.has_value() != args.cu_seqlens_k.has_value()) {
+    fail(check.op(), "cu_seqlens_q and cu_seqlens_k go together, got only ",
+         args.cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k");
+  }
+  problem.queries = check_sequences(check, args.cu_seqlens_q, "cu_seqlens_q", args.q.shape[0], "tokens of q");
+  problem.keys = check_sequences(check, args.cu_seqlens_k, "cu_seqlens_k", args.k.shape[0], "tokens of k");
+  if (problem.queries.count != problem.keys.count) {
+    fail(check.op(), "cu_seqlens_k must have as many entries as cu_seqlens_q, ", problem.queries.count + 1, ", got ",
+         problem.keys.count + 1);
+  }
+}
+
+// The first two dimensions of t[B or 1, Hq or 1, N].
+void check_shared(const ArgChecker& check, const Tensor& t, const char* name, const char* shape, int64_t B,
+                  int64_t Hq) {
+  const auto shared = [&](int64_t size, int64_t full, const char* what) {
+    if (size != 1 && size != full) {
+      fail(check.op(), name, " must have shape ", shape, " with ", what, "=", full, ", got ", shape_string(t));
+    }
+  };
+  shared(t.shape[0], B, "B");
+  shared(t.shape[1], Hq, "Hq");
+}
+
 int64_t blocks(int64_t len, int64_t block) { return (len + block - 1) / block; }
 
 int64_t most_blocks(const Sequences& sequences, int64_t block) {
@@ -72,30 +99,14 @@ BlockSparseProblem check_attention(const ArgChecker& check, const BlockSparseAtt
   BlockSparseProblem problem;
   static_cast<GridProblem&>(problem) = check_grid(check, tensors, kQueryTokens, kKeyTokens, gradients == nullptr);
   if (gradients != nullptr) check_grid_gradients(check, tensors, *gradients, problem);
-  if (args.cu_seqlens_q.has_value() != args.cu_seqlens_k.has_value()) {
-    fail(check.op(), "cu_seqlens_q and cu_seqlens_k go together, got only ",
-         args.cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k");
-  }
-  problem.queries = check_sequences(check, args.cu_seqlens_q, "cu_seqlens_q", args.q.shape[0], "tokens of q");
-  problem.keys = check_sequences(check, args.cu_seqlens_k, "cu_seqlens_k", args.k.shape[0], "tokens of k");
-  if (problem.queries.count != problem.keys.count) {
-    fail(check.op(), "cu_seqlens_k must have as many entries as cu_seqlens_q, ", problem.queries.count + 1, ", got ",
-         problem.keys.count + 1);
-  }
+  check_both_sequences(check, args, problem);
   const BlockPattern& pattern = args.pattern;
   for (const auto& [size, name] : {std::pair(pattern.block_q, "block_q"), {pattern.block_k, "block_k"}}) {
     if (size < 16 || size > 128) fail(check.op(), name, " must be from 16 to 128, got ", size);
   }
   const int64_t B = problem.queries.count, Hq = problem.num_heads();
   check.tensor(pattern.row_ptr, "row_ptr", DType::i32, {{"B or 1"}, {"Hq or 1"}, {"Mb + 1"}});
-  const auto shared = [&](int64_t size, int64_t full, const char* what) {
-    if (size != 1 && size != full) {
-      fail(check.op(), "row_ptr must have shape [B or 1, Hq or 1, Mb + 1] with ", what, "=", full, ", got ",
-           shape_string(pattern.row_ptr));
-    }
-  };
-  shared(pattern.row_ptr.shape[0], B, "B");
-  shared(pattern.row_ptr.shape[1], Hq, "Hq");
+  check_shared(check, pattern.row_ptr, "row_ptr", "[B or 1, Hq or 1, Mb + 1]", B, Hq);
   if (pattern.row_ptr.shape[2] < 1) {
     fail(check.op(), "row_ptr must have shape [B or 1, Hq or 1, Mb + 1], got ", shape_string(pattern.row_ptr));
   }
@@ -131,6 +142,25 @@ void block_sparse_attention_backward(const BlockSparseAttentionBackwardArgs& arg
   by_device(
       check.op(), args.forward.q, "q", [&] { cpu::block_sparse_attention_backward(problem, threads_of(context)); },
       [&] { fail(check.op(), "q must be on cpu, got ", device_name(args.forward.q.device)); });
+}
+
+void vertical_slash_attention(const VerticalSlashAttentionArgs& args, const Context& context) {
+  const record::Scope recorded("vertical_slash_attention", context, [&] { return record::fields_of(args); });
+  const ArgChecker check("vertical_slash_attention", args.q.device);
+  VerticalSlashProblem problem;
+  static_cast<GridProblem&>(problem) = check_grid(
+      check, {args.q, args.k, args.v, args.out, args.lse, args.softmax_scale}, kQueryTokens, kKeyTokens, true);
+  check_both_sequences(check, args, problem);
+  const int64_t B = problem.queries.count, Hq = args.q.shape[1];
+  check.tensor(args.vertical, "vertical", DType::i32, {{"B or 1"}, {"Hq or 1"}, {"NV"}});
+  check_shared(check, args.vertical, "vertical", "[B or 1, Hq or 1, NV]", B, Hq);
+  check.tensor(args.slash, "slash", DType::i32,
+               {{"B or 1", args.vertical.shape[0]}, {"Hq or 1", args.vertical.shape[1]}, {"NS"}});
+  problem.vertical = args.vertical;
+  problem.slash = args.slash;
+  by_device(
+      check.op(), args.q, "q", [&] { cpu::vertical_slash_attention(problem, threads_of(context)); },
+      [&] { fail(check.op(), "q must be on cpu, got ", device_name(args.q.device)); });
 }
 
 }  // namespace kvk

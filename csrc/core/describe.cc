@@ -257,6 +257,15 @@ Fields fields_of(const BlockSparseAttentionBackwardArgs& args) {
   return fields;
 }
 
+Fields fields_of(const VerticalSlashAttentionArgs& args) {
+  Fields fields = {{"q", args.q}, {"k", args.k}, {"v", args.v}, {"vertical", args.vertical}, {"slash", args.slash}};
+  fields.push_back(maybe("cu_seqlens_q", args.cu_seqlens_q));
+  fields.push_back(maybe("cu_seqlens_k", args.cu_seqlens_k));
+  if (args.softmax_scale) fields.push_back({"softmax_scale", *args.softmax_scale});
+  add_results(fields, args.out, args.lse);
+  return fields;
+}
+
 Fields fields_of(const NeighborhoodAttentionArgs& args) {
   Fields fields = {{"q", args.q}, {"k", args.k}, {"v", args.v}};
   add_axes(fields, args);

@@ -30,6 +30,7 @@ Fields fields_of(const SparsePrefillArgs& args);
 
 Fields fields_of(const BlockSparseAttentionArgs& args);
 Fields fields_of(const BlockSparseAttentionBackwardArgs& args);
+Fields fields_of(const VerticalSlashAttentionArgs& args);
 Fields fields_of(const NeighborhoodAttentionArgs& args);
 Fields fields_of(const NeighborhoodAttentionBackwardArgs& args);
 

@@ -20,6 +20,7 @@ void block_sparse_attention(const BlockSparseProblem& problem, Threads& threads)
 void block_sparse_attention_backward(const BlockSparseProblem& problem, Threads& threads);
 void neighborhood_attention(const NeighborhoodProblem& problem, Threads& threads);
 void neighborhood_attention_backward(const NeighborhoodProblem& problem, Threads& threads);
+void vertical_slash_attention(const VerticalSlashProblem& problem, Threads& threads);
 void hadamard(const HadamardArgs& args, Threads& threads);
 void quantize_pages(const QuantizePagesArgs& args, Threads& threads);
 void dequantize_pages(const DequantizePagesArgs& args, Threads& threads);

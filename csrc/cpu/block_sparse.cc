@@ -3,61 +3,14 @@
 // Forward and dQ: a tile is one query block and query heads that share a pattern. dK and dV: a tile is one key block of a kv
 // head, its columns the query blocks that visit it, found in the transposed pattern.
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-#include "core/explain.h"
 #include "cpu/backend.h"
-#include "cpu/grid.h"
+#include "cpu/packed.h"
 
 namespace kvk::cpu {
 namespace {
-
-int64_t blocks(int64_t len, int64_t block) { return (len + block - 1) / block; }
-
-uint64_t low_bits(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
-
-// Tiles of the sequences' blocks: tile i is block `block` of sequence `sequence` and part `head` of the heads.
-struct TileList {
-  struct Place {
-    int64_t sequence, block, part;
-  };
-  std::vector<int64_t> starts = {0};  // blocks of the sequences before
-  int64_t parts = 1;
-
-  TileList(const Sequences& sequences, int64_t block, int64_t num_parts) : parts(num_parts) {
-    for (int64_t b = 0; b < sequences.count; ++b) starts.push_back(starts.back() + blocks(sequences.len(b), block));
-  }
-  int64_t count() const { return starts.back() * parts; }
-  Place place(int64_t tile) const {
-    const int64_t index = tile / parts;
-    const auto next = std::upper_bound(starts.begin(), starts.end(), index);
-    const int64_t sequence = next - starts.begin() - 1;
-    return {sequence, index - starts[static_cast<size_t>(sequence)], tile % parts};
-  }
-};
-
-// Gathers runs of tokens of one entry after another into columns.
-class Filler {
- public:
-  explicit Filler(GridColumns& columns) : to_(columns) {
-    to_.tokens.clear();
-    to_.masked = false;
-  }
-  bool full() const { return to_.tokens.count == kGridColumns; }
-  bool empty() const { return to_.tokens.count == 0; }
-  // At most n tokens from `first` on; how many there was room for.
-  int64_t add(int64_t first, int64_t n, float bias) {
-    n = std::min<int64_t>(n, kGridColumns - to_.tokens.count);
-    const GridRun& run = to_.tokens.add(0, 0, 0, first, 1, n);
-    if (to_.biased) std::fill_n(to_.bias + run.begin, n, bias);
-    return n;
-  }
-
- private:
-  GridColumns& to_;
-};
 
 // Query blocks as rows, their entries' keys as columns.
 class QuerySchedule final : public GridSchedule {
@@ -103,27 +56,11 @@ class QuerySchedule final : public GridSchedule {
       if (added < n) break;  // the rest belongs to the next columns
     }
     if (to.empty()) return false;
-    if (p_.causal) mask(columns);
+    if (p_.causal) hide_later_keys(columns, key_begin_, limit_, num_rows_);
     return true;
   }
 
  private:
-  void mask(GridColumns& columns) const {
-    const GridTokens<kGridColumns>& tokens = columns.tokens;
-    int64_t last = 0;
-    for (int i = 0; i < tokens.num_runs; ++i) last = std::max(last, key(tokens.runs[i]) + tokens.runs[i].count - 1);
-    columns.masked = last > limit_;
-    if (!columns.masked) return;
-    std::fill_n(columns.seen, num_rows_, 0);
-    for (int i = 0; i < tokens.num_runs; ++i) {
-      const GridRun& run = tokens.runs[i];
-      for (int64_t t = 0; t < num_rows_; ++t) {
-        columns.seen[t] |= low_bits(std::min<int64_t>(run.count, limit_ + t + 1 - key(run))) << run.begin;
-      }
-    }
-  }
-  int64_t key(const GridRun& run) const { return run.at[kGridDims - 1] - key_begin_; }
-
   const BlockSparseProblem& p_;
   const TileList& tiles_;
   const int heads_, head_parts_;
@@ -245,18 +182,6 @@ class KeySchedule final : public GridSchedule {
   const Transpose::Entry *entry_ = nullptr, *end_ = nullptr;
 };
 
-// Tokens that belong to no sequence.
-void clear_rows(const BlockSparseProblem& p, const GridView& view, int64_t begin, int64_t end, int64_t heads,
-                int64_t dim) {
-  const int64_t size = element_size(p.dtype);
-  for (int64_t t = begin; t < end; ++t) {
-    for (int64_t h = 0; h < heads; ++h) {
-      std::memset(static_cast<char*>(view.data) + (t * view.stride[kGridDims - 1] + h * view.head_stride) * size, 0,
-                  static_cast<size_t>(dim * size));
-    }
-  }
-}
-
 void run_queries(GridPass pass, const BlockSparseProblem& p, Threads& threads) {
   const int heads = p.pattern_heads() > 1 ? 1 : heads_per_tile(p.group, p.pattern.block_q);
   const int parts = (p.group + heads - 1) / heads;
@@ -270,15 +195,7 @@ void run_queries(GridPass pass, const BlockSparseProblem& p, Threads& threads) {
 
 void block_sparse_attention(const BlockSparseProblem& p, Threads& threads) {
   run_queries(GridPass::attention, p, threads);
-  if (explain::notes() != nullptr) return;
-  const int64_t unowned = p.queries.end(p.queries.count - 1);
-  clear_rows(p, p.out, unowned, p.queries.total, p.num_heads(), p.head_dim_v);
-  for (int64_t t = unowned; t < p.queries.total; ++t) {
-    for (int64_t h = 0; h < p.num_heads(); ++h) {
-      static_cast<float*>(p.lse.data)[t * p.lse.stride[kGridDims - 1] + h * p.lse.head_stride] =
-          -std::numeric_limits<float>::infinity();
-    }
-  }
+  clear_unowned_queries(p, p.queries);
 }
 
 void block_sparse_attention_backward(const BlockSparseProblem& p, Threads& threads) {
@@ -293,7 +210,6 @@ void block_sparse_attention_backward(const BlockSparseProblem& p, Threads& threa
   run_grid(
       GridPass::key_gradient, p, tiles.count(), static_cast<int>(p.pattern.block_k),
       [&] { return std::make_unique<KeySchedule>(p, tiles, transposes); }, threads);
-  if (explain::notes() != nullptr) return;
   clear_rows(p, p.dq, p.queries.end(p.queries.count - 1), p.queries.total, p.num_heads(), p.head_dim);
   const int64_t unowned = p.keys.end(p.keys.count - 1);
   clear_rows(p, p.dk, unowned, p.keys.total, p.num_kv_heads, p.head_dim);

@@ -64,6 +64,9 @@ class GridSchedule {
   virtual bool next(GridColumns& columns) = 0;  // of the tile begun last
 };
 
+// A word whose n lowest bits are 1; n below 0 and past 64 are as 0 and 64.
+inline uint64_t low_bits(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
+
 enum class GridPass : uint8_t { attention, query_gradient, key_gradient };
 
 // Runs the tiles [0, num_tiles) of one pass. make: a schedule for one worker. max_rows: of a tile, heads and all.

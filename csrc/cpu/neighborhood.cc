@@ -71,8 +71,6 @@ Runs turned(const Runs& windows) {
   return runs;
 }
 
-uint64_t low_bits(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
-
 struct Plan3d {
   struct Place {
     std::array<int32_t, 3> group, origin;

@@ -45,6 +45,22 @@ struct BlockSparseAttentionBackwardArgs {
   Tensor dq, dk, dv;  // like q, k, v, written
 };
 
+// MInference's vertical-slash heads: causal attention to some keys (vertical) and some distances (slash). A distance is a band
+// of 64 keys for each block of 64 queries, so that it holds that distance for all of them.
+struct VerticalSlashAttentionArgs {
+  Tensor q;         // [T, Hq, D], f32 | bf16 | f16, last stride 1
+  Tensor k;         // [S, Hkv, D], q's dtype
+  Tensor v;         // [S, Hkv, Dv]
+  Tensor vertical;  // int32 [B | 1, Hq | 1, NV], keys of the sequence; any order, those it does not have are ignored
+  Tensor slash;     // int32 [B | 1, Hq | 1, NS], query position - key position; likewise
+  std::optional<Tensor> cu_seqlens_q;
+  std::optional<Tensor> cu_seqlens_k;
+  std::optional<double> softmax_scale;  // default D**-0.5
+  Tensor out;                           // [T, Hq, Dv], q's dtype, written
+  Tensor lse;                           // f32 [T, Hq], natural log, written
+};
+
+KVK_API void vertical_slash_attention(const VerticalSlashAttentionArgs& args, const Context& context = {});
 KVK_API void block_sparse_attention(const BlockSparseAttentionArgs& args, const Context& context = {});
 KVK_API void block_sparse_attention_backward(const BlockSparseAttentionBackwardArgs& args, const Context& context = {});
 

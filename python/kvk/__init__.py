@@ -15,7 +15,11 @@ from kvk.cache import OutOfPagesError, PagedCache  # noqa: E402
 from kvk.cuda import precompile  # noqa: E402
 from kvk.explanation import explain  # noqa: E402
 from kvk.formats import BitmapFormat, QuantFormat  # noqa: E402
-from kvk.ops.block_sparse import block_sparse_attention, block_sparse_attention_backward  # noqa: E402
+from kvk.ops.block_sparse import (  # noqa: E402
+    block_sparse_attention,
+    block_sparse_attention_backward,
+    vertical_slash_attention,
+)
 from kvk.ops.hadamard import hadamard  # noqa: E402
 from kvk.ops.neighborhood import neighborhood_attention, neighborhood_attention_backward  # noqa: E402
 from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  # noqa: E402
@@ -58,4 +62,5 @@ __all__ = [
     "recording",
     "sparse_decode",
     "sparse_prefill",
+    "vertical_slash_attention",
 ]

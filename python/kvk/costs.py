@@ -130,6 +130,13 @@ def _block_sparse(a: Arguments) -> Cost:
     return Cost(moved, 2 * (q.shape[-1] + v.shape[-1]) * _visited(a), "read")
 
 
+def _vertical_slash(a: Arguments) -> Cost:
+    """Without FLOPs: what is seen depends on how bands and keys overlap."""
+    q, v = a["q"], a["v"]
+    out = q.shape[0] * q.shape[1] * (v.shape[-1] * q.element_size() + 4)
+    return Cost(sum(map(_size, (q, a["k"], v, a["vertical"], a["slash"]))) + out, 0, "read")
+
+
 def _neighborhood(a: Arguments) -> Cost:
     q, k, v = a["q"], a["k"], a["v"]
     extents = q.shape[1:-2]
@@ -184,6 +191,7 @@ COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "merge_states": _merge,
     "block_sparse_attention": _block_sparse,
     "neighborhood_attention": _neighborhood,
+    "vertical_slash_attention": _vertical_slash,
     "quant_decode": _records,
     "quant_prefill": _records,
     "sparse_decode": _records,

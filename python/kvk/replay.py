@@ -112,6 +112,7 @@ REFERENCES: dict[str, Reference] = {
     "sparse_prefill": _both_ways(_named_records(_with_format(reference.sparse_prefill)), _ATTENTION, "q"),
     "merge_states": _both_ways(reference.merge_states, _ATTENTION, "out"),
     "block_sparse_attention": _both_ways(reference.block_sparse_attention, _ATTENTION, "q"),
+    "vertical_slash_attention": _both_ways(reference.vertical_slash_attention, _ATTENTION, "q"),
     "neighborhood_attention": _both_ways(reference.neighborhood_attention, _ATTENTION, "q"),
     "hadamard": _both_ways(_hadamard, ("out",), "x"),
     "hadamard_": _transform_in_place,

@@ -185,3 +185,60 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 torch.library.register_autograd("kvk::block_sparse_attention", _backward, setup_context=_save)
+
+
+def vertical_slash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    vertical: Tensor,
+    slash: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention to some keys (vertical) and some distances (slash): a head of MInference (Jiang et al. 2024).
+
+    Query i of a sequence's Lq stands at position p = Lk - Lq + i. It sees key j <= p if j is in `vertical`, or if j
+    is in the band of a slash s: the 64 keys from P - s on, P being the position of the first query of i's block of
+    64. So it sees key p - s for every s of the list, and the band's other keys up to itself; no key counts twice.
+    For inference: no gradient.
+
+    Args:
+        q: [T, Hq, D], float32, bfloat16 or float16; k: [S, Hkv, D]; v: [S, Hkv, Dv]; as in
+            :func:`block_sparse_attention`.
+        vertical: int32 [B or 1, Hq or 1, NV], key positions; slash: int32 [B or 1, Hq or 1, NS], distances. Any
+            order; what a sequence does not have (-1, say) is ignored, and so are repetitions.
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1]; without them q and k are one sequence.
+        softmax_scale: default D ** -0.5.
+        out, lse: tensors to write into, [T, Hq, Dv] in q's dtype and float32 [T, Hq]; both or none.
+
+    Returns:
+        out [T, Hq, Dv] in q's dtype; lse float32 [T, Hq]. A query with no visible key: 0 and -inf.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
+    """
+    options = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "softmax_scale": softmax_scale}
+    if out is None and lse is None:
+        return _ops.vertical_slash_attention(q, k, v, vertical, slash, **options)
+    out, lse = _both("vertical_slash_attention", out, lse)
+    _ops.vertical_slash_attention.out(q, k, v, vertical, slash, **options, out=out, lse=lse)
+    return out, lse
+
+
+@torch.library.register_fake("kvk::vertical_slash_attention")
+def _(q, k, v, vertical, slash, *, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None):
+    _check_devices("vertical_slash_attention", "q", q=q, k=k, v=v, vertical=vertical, slash=slash,
+                   cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)  # fmt: skip
+    out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+    return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("kvk::vertical_slash_attention.out")
+def _(q, k, v, vertical, slash, *, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, out, lse):
+    _check_devices("vertical_slash_attention", "q", q=q, k=k, v=v, vertical=vertical, slash=slash, out=out, lse=lse,
+                   cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)  # fmt: skip

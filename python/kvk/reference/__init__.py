@@ -6,7 +6,7 @@ of the inputs it is the same computation as plain torch does it in that dtype, t
 rule. Written to be read, not to be fast, and meant for the CPU.
 """
 
-from kvk.reference.block_sparse import block_sparse_attention
+from kvk.reference.block_sparse import block_sparse_attention, vertical_slash_attention
 from kvk.reference.hadamard import hadamard, hadamard_matrix
 from kvk.reference.merge import merge_states
 from kvk.reference.neighborhood import axis_mask, neighborhood_attention, neighborhood_mask
@@ -39,4 +39,5 @@ __all__ = [
     "sparse_decode",
     "sparse_prefill",
     "unpack_mask_bits",
+    "vertical_slash_attention",
 ]

@@ -63,6 +63,54 @@ def block_sparse_attention(
     return out, lse
 
 
+def vertical_slash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    vertical: Tensor,
+    slash: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Dense causal attention of each sequence and head under the mask of its keys and bands.
+
+    Returns:
+        (out [T, Hq, Dv] in compute_dtype, lse [T, Hq] in compute_dtype but at least float32).
+    """
+    starts_q = [0, q.shape[0]] if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    starts_k = [0, k.shape[0]] if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    out = torch.zeros(q.shape[0], num_heads, v.shape[2], dtype=compute_dtype)
+    lse_dtype = torch.promote_types(compute_dtype, torch.float32)
+    lse = torch.full((q.shape[0], num_heads), -torch.inf, dtype=lse_dtype)
+    for b in range(len(starts_q) - 1):
+        rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
+        len_q, len_k = rows.stop - rows.start, keys.stop - keys.start
+        query, key = torch.arange(len_q)[:, None], torch.arange(len_k)[None, :]
+        position = query + len_k - len_q
+        first = query // 64 * 64 + len_k - len_q  # of the query's block
+        for h in range(num_heads):
+            of = b if vertical.shape[0] > 1 else 0, h if vertical.shape[1] > 1 else 0
+            seen = torch.isin(key, vertical[of]).expand(len_q, len_k).clone()
+            for s in slash[of].tolist():
+                if s >= 0:
+                    seen |= (key >= first - s) & (key < first - s + 64)
+            hidden = ~(seen & (key <= position))
+            out[rows, h], lse[rows, h] = attend(
+                q[rows, h],
+                k[keys, h // group],
+                v[keys, h // group],
+                softmax_scale,
+                None,
+                hidden,
+                compute_dtype,
+            )
+    return out, lse
+
+
 def attend(
     q: Tensor,
     k: Tensor,

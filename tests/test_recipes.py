@@ -64,23 +64,22 @@ def test_a_model_over_a_recipe(
     assert cache.nbytes_used == 2 * used and residency.records.num_used > 0
 
 
-@pytest.mark.parametrize(("sparsity", "bound"), [(0.5, 0.35), (0.75, 0.8)])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_mustafar(llama: Any, ids: torch.Tensor, sparsity: float, bound: float, rotated: bool) -> None:
-    """Head dim 32: 16 and 8 elements of a row and 4 bytes of bitmap."""
-    cache = mustafar_cache(sparsity, rotated=rotated, page_size=16, tail=16, dtype=torch.float32)
-    got, want = chunked(llama, cache, ids), logits(llama, "sdpa", ids)
-    error = (got - want).norm() / want.norm()
-    assert 1e-3 < error < bound
-    cache.pack()
-    residency, layer = cache.pool._residency, cache.pool.layers[0]
-    assert layer.fmt.k_record_bytes == 16 * (2 * kept(sparsity, 32) + 4)
-    records = residency.records.num_used * 2 * (layer.fmt.k_record_bytes + layer.fmt.v_record_bytes)
-    assert cache.nbytes_used == 2 * (records + residency.slots.num_used * 16 * 2 * 2 * 32 * 4)
-    assert residency.records.num_used > 0
-    cache.crop(100)  # into packed pages, which are unpacked
-    again = logits(llama, "kvk", ids[:, 100:130], past_key_values=cache)
-    assert (again - want[:, 100:130]).norm() / want[:, 100:130].norm() < bound
+def test_mustafar(llama: Any, ids: torch.Tensor, rotated: bool) -> None:
+    """Nothing pruned is bfloat16's rounding; the more is pruned, the larger the error and the fewer the bytes."""
+    want, errors, sizes = logits(llama, "sdpa", ids), [], []
+    for sparsity in (0.0, 0.25, 0.5):
+        cache = mustafar_cache(sparsity, rotated=rotated, page_size=16, tail=16, dtype=torch.float32)
+        got = chunked(llama, cache, ids)
+        errors.append(((got - want).norm() / want.norm()).item())
+        cache.pack()
+        residency, layer = cache.pool._residency, cache.pool.layers[0]
+        assert layer.fmt.k_record_bytes == 16 * (2 * kept(sparsity, 32) + 4)
+        records = residency.records.num_used * 2 * (layer.fmt.k_record_bytes + layer.fmt.v_record_bytes)
+        assert cache.nbytes_used == 2 * (records + residency.slots.num_used * 16 * 2 * 2 * 32 * 4)
+        sizes.append(cache.nbytes_used)
+    assert 0 < errors[0] < 0.1 and 2 * errors[0] < errors[1] < errors[2]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_mustafar_counts() -> None:

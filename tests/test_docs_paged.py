@@ -24,6 +24,7 @@ EXAMPLES = [
         "block-sparse",
         "neighborhood",
         "sparse",
+        "lightning",
     )
     for number, code in enumerate(
         re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)
@@ -33,7 +34,7 @@ EXAMPLES = [
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 16
+    assert len(EXAMPLES) == 17
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

@@ -23,7 +23,7 @@ OPS = torch.ops.kvk
 # Ops that replay can run but not judge, and why.
 WITHOUT_REFERENCE = {
     f"{op}_backward": "a gradient: the reference's is autograd's"
-    for op in ("merge_states", "block_sparse_attention", "neighborhood_attention")
+    for op in ("merge_states", "block_sparse_attention", "neighborhood_attention", "lightning_attention")
 }
 
 
@@ -89,6 +89,10 @@ def call_everything() -> None:
     kvk.hadamard(x, scale=0.5, transpose=True)
     kvk.hadamard(x.clone(), out=torch.empty_like(x))
     OPS.hadamard_(x)
+    rows, decay = torch.randn(3, 1, 20, 2, 16), -torch.rand(1, 20, 2)
+    _, state = kvk.lightning_attention(*rows, decay, scale=0.25, cu_seqlens=torch.tensor([0, 7, 18]).int())
+    OPS.lightning_attention_backward(rows[0], state[:1], *rows, decay, state[:1])
+    kvk.lightning_decode(*rows[:, 0, :2], state, torch.tensor([1, -1]).int(), decay[0, :2])
     q, k_pool, v_pool, table, lens = quant = quant_arguments()
     dense = tuple(pages.half() for pages in pools(4, 32))
     bias = torch.randn(34, 32)
@@ -126,7 +130,7 @@ def test_every_op_is_recorded_and_replayed(tmp_path: Path, capfd) -> None:
     assert replay.main([str(file) for file in files]) == 0
     printed = capfd.readouterr().out
     assert printed.count("agrees") > len(calls) and "DIFFERS" not in printed
-    assert printed.count("has no reference") == 2 + 3 + 3  # results of the gradients
+    assert printed.count("has no reference") == 2 + 3 + 3 + 5  # results of the gradients
 
 
 def test_the_cpp_face_records_the_same_calls(tmp_path: Path, capsys) -> None:

@@ -181,6 +181,48 @@ Fields fields_of(const HadamardArgs& args) {
   return fields;
 }
 
+Fields fields_of(const LightningArgs& args) {
+  return {{"q", args.q},
+          {"k", args.k},
+          {"v", args.v},
+          maybe("log_decay", args.log_decay),
+          maybe("initial_state", args.initial_state),
+          maybe("cu_seqlens", args.cu_seqlens),
+          number("scale", args.scale, 1.0),
+          {"out", args.out, Role::output},
+          {"final_state", args.final_state, Role::output}};
+}
+
+Fields fields_of(const LightningBackwardArgs& args) {
+  Fields fields = {{"grad_out", args.grad_out},
+                   maybe("grad_final_state", args.grad_final_state),
+                   {"q", args.q},
+                   {"k", args.k},
+                   {"v", args.v},
+                   maybe("log_decay", args.log_decay),
+                   maybe("initial_state", args.initial_state),
+                   maybe("cu_seqlens", args.cu_seqlens),
+                   number("scale", args.scale, 1.0),
+                   {"decay_grad", args.grad_log_decay.has_value(), Role::input, args.grad_log_decay.has_value()},
+                   {"grad_q", args.grad_q, Role::output},
+                   {"grad_k", args.grad_k, Role::output},
+                   {"grad_v", args.grad_v, Role::output}};
+  if (args.grad_log_decay) fields.push_back({"grad_log_decay", *args.grad_log_decay, Role::output});
+  if (args.grad_initial_state) fields.push_back({"grad_initial_state", *args.grad_initial_state, Role::output});
+  return fields;
+}
+
+Fields fields_of(const LightningDecodeArgs& args) {
+  return {{"q", args.q},
+          {"k", args.k},
+          {"v", args.v},
+          {"state", args.state, Role::in_out},
+          {"slots", args.slots},
+          maybe("log_decay", args.log_decay),
+          number("scale", args.scale, 1.0),
+          {"out", args.out, Role::output}};
+}
+
 Fields fields_of(const QuantizePagesArgs& args) {
   return {{"k_pages", args.k_pages},
           {"v_pages", args.v_pages},

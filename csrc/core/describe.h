@@ -4,6 +4,7 @@
 #include "core/record.h"
 #include "kvk/block_sparse.h"
 #include "kvk/hadamard.h"
+#include "kvk/lightning.h"
 #include "kvk/neighborhood.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
@@ -17,6 +18,9 @@ Fields fields_of(const AppendKvArgs& args);
 Fields fields_of(const MergeStatesArgs& args);
 Fields fields_of(const MergeStatesBackwardArgs& args);
 Fields fields_of(const HadamardArgs& args);
+Fields fields_of(const LightningArgs& args);
+Fields fields_of(const LightningBackwardArgs& args);
+Fields fields_of(const LightningDecodeArgs& args);
 Fields fields_of(const QuantizePagesArgs& args);
 Fields fields_of(const DequantizePagesArgs& args);
 Fields fields_of(const QuantizeArgs& args);

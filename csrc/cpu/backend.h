@@ -5,6 +5,7 @@
 #include "core/neighborhood_problem.h"
 #include "core/paged_problem.h"
 #include "kvk/hadamard.h"
+#include "kvk/lightning.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
 #include "kvk/sparse.h"
@@ -22,6 +23,9 @@ void neighborhood_attention(const NeighborhoodProblem& problem, Threads& threads
 void neighborhood_attention_backward(const NeighborhoodProblem& problem, Threads& threads);
 void vertical_slash_attention(const VerticalSlashProblem& problem, Threads& threads);
 void hadamard(const HadamardArgs& args, Threads& threads);
+void lightning_attention(const LightningArgs& args, Threads& threads);
+void lightning_attention_backward(const LightningBackwardArgs& args, Threads& threads);
+void lightning_decode(const LightningDecodeArgs& args, Threads& threads);
 void quantize_pages(const QuantizePagesArgs& args, Threads& threads);
 void dequantize_pages(const DequantizePagesArgs& args, Threads& threads);
 void quantize(const QuantizeArgs& args, Threads& threads);

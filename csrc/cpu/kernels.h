@@ -13,6 +13,12 @@ void grid_tile(GridPass pass, const GridProblem& problem, GridSchedule& schedule
 void merge_states(const MergeStatesArgs& args, int64_t row_begin, int64_t row_end);
 void merge_states_backward(const MergeStatesBackwardArgs& args, int64_t row_begin, int64_t row_end);
 void hadamard(const HadamardArgs& args, int64_t row_begin, int64_t row_end);
+int64_t lightning_scratch_floats(int dk, int dv);
+void lightning_forward(const LightningArgs& args, const LightningItem& item, float* scratch);
+void lightning_decode(const LightningDecodeArgs& args, int64_t begin, int64_t end);
+int64_t lightning_backward_scratch_floats(int dk, int dv);
+void lightning_backward(const LightningBackwardArgs& args, const LightningItem& item, float* scratch,
+                        double* decay_sum);
 void quantize_block(const QuantBlock& block);
 void dequantize_block(const QuantBlock& block);
 void compress_block(const SparseBlock& block);

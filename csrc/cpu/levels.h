@@ -7,10 +7,12 @@
 
 #include "core/paged_problem.h"
 #include "cpu/grid.h"
+#include "cpu/lightning_plan.h"
 #include "cpu/plan.h"
 #include "cpu/quant_block.h"
 #include "cpu/sparse_block.h"
 #include "kvk/hadamard.h"
+#include "kvk/lightning.h"
 #include "kvk/paged.h"
 
 namespace kvk::cpu {
@@ -35,6 +37,15 @@ struct Kernels {
   void (*merge_states_backward)(const MergeStatesBackwardArgs& args, int64_t row_begin, int64_t row_end);
   // Rows are all but the last dimension, in order; scale is given.
   void (*hadamard)(const HadamardArgs& args, int64_t row_begin, int64_t row_end);
+  // scratch: this many floats, zeros before its first use.
+  int64_t (*lightning_scratch_floats)(int dk, int dv);
+  void (*lightning_forward)(const LightningArgs& args, const LightningItem& item, float* scratch);
+  // Rows are (row of the batch, head) pairs.
+  void (*lightning_decode)(const LightningDecodeArgs& args, int64_t begin, int64_t end);
+  int64_t (*lightning_backward_scratch_floats)(int dk, int dv);
+  // decay_sum: where the gradient of a decay per head is added up; null where decays are per token.
+  void (*lightning_backward)(const LightningBackwardArgs& args, const LightningItem& item, float* scratch,
+                             double* decay_sum);
   void (*quantize_block)(const QuantBlock& block);
   void (*dequantize_block)(const QuantBlock& block);
   void (*compress_block)(const SparseBlock& block);

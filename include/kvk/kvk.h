@@ -4,6 +4,7 @@
 #include "kvk/api.h"
 #include "kvk/context.h"
 #include "kvk/hadamard.h"
+#include "kvk/lightning.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
 #include "kvk/sparse.h"

@@ -21,6 +21,7 @@ from kvk.ops.block_sparse import (  # noqa: E402
     vertical_slash_attention,
 )
 from kvk.ops.hadamard import hadamard  # noqa: E402
+from kvk.ops.lightning import lightning_attention, lightning_decode, lightning_slopes  # noqa: E402
 from kvk.ops.neighborhood import neighborhood_attention, neighborhood_attention_backward  # noqa: E402
 from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  # noqa: E402
 from kvk.ops.quant import dequantize, dequantize_pages, quantize, quantize_pages  # noqa: E402
@@ -49,6 +50,9 @@ __all__ = [
     "dequantize_pages",
     "explain",
     "hadamard",
+    "lightning_attention",
+    "lightning_decode",
+    "lightning_slopes",
     "merge_states",
     "neighborhood_attention",
     "neighborhood_attention_backward",

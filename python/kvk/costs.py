@@ -158,6 +158,26 @@ def _hadamard(a: Arguments) -> Cost:
     return Cost(2 * _size(x), x.numel() * (int(math.log2(n // m)) + (m if m > 1 else 0) + 1), "copy")
 
 
+def _lightning(a: Arguments) -> Cost:
+    """The recurrence's own FLOPs: chunks compute a fifth more at Dk = Dv = 128, and never T x T."""
+    q, v, starts = a["q"], a["v"], a.get("cu_seqlens")
+    sequences = q.shape[0] if starts is None else starts.numel() - 1
+    state = 4 * sequences * q.shape[2] * q.shape[3] * v.shape[3]
+    initial = state if a.get("initial_state") is not None else 0
+    decay = a.get("log_decay")
+    moved = 2 * _size(q) + 2 * _size(v) + state + initial + (0 if decay is None else _size(decay))
+    return Cost(moved, 4 * q.numel() * v.shape[3], "read")
+
+
+def _lightning_decode(a: Arguments) -> Cost:
+    q, v = a["q"], a["v"]
+    rows = int((a["slots"] >= 0).sum())
+    state = 4 * rows * q.shape[1] * q.shape[2] * v.shape[2]
+    return Cost(
+        2 * state + 2 * _size(q) + 2 * _size(v), 5 * rows * q.shape[1] * q.shape[2] * v.shape[2], "copy"
+    )
+
+
 def _pack(a: Arguments) -> Cost:
     fmt: QuantFormat | BitmapFormat = a["fmt"]
     count, heads = a["src"].numel(), a["k_pages"].shape[2]
@@ -204,4 +224,6 @@ COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "dequantize": _dequantize,
     "hadamard": _hadamard,
     "hadamard_": _hadamard,
+    "lightning_attention": _lightning,
+    "lightning_decode": _lightning_decode,
 }

@@ -116,6 +116,8 @@ REFERENCES: dict[str, Reference] = {
     "neighborhood_attention": _both_ways(reference.neighborhood_attention, _ATTENTION, "q"),
     "hadamard": _both_ways(_hadamard, ("out",), "x"),
     "hadamard_": _transform_in_place,
+    "lightning_attention": _both_ways(reference.lightning_attention, ("out", "final_state"), "q"),
+    "lightning_decode": _both_ways(reference.lightning_decode, ("out", "state"), "q"),
     "append_kv": _in_place(reference.append_kv, ("k_pages", "v_pages")),
     "quantize_pages": _in_place(_with_format(reference.quantize_pages), ("k_pool", "v_pool")),
     "dequantize_pages": _exact(_with_format(reference.dequantize_pages), ("k", "v")),

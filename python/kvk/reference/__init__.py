@@ -8,6 +8,7 @@ rule. Written to be read, not to be fast, and meant for the CPU.
 
 from kvk.reference.block_sparse import block_sparse_attention, vertical_slash_attention
 from kvk.reference.hadamard import hadamard, hadamard_matrix
+from kvk.reference.lightning import lightning_attention, lightning_attention_backward, lightning_decode
 from kvk.reference.merge import merge_states
 from kvk.reference.neighborhood import axis_mask, neighborhood_attention, neighborhood_mask
 from kvk.reference.paged import append_kv, gather_request, paged_decode, paged_prefill, unpack_mask_bits
@@ -27,6 +28,9 @@ __all__ = [
     "gather_request",
     "hadamard",
     "hadamard_matrix",
+    "lightning_attention",
+    "lightning_attention_backward",
+    "lightning_decode",
     "merge_states",
     "neighborhood_attention",
     "neighborhood_mask",

@@ -10,9 +10,8 @@
 #include <algorithm>
 
 #include "cpu/engine/mixed.h"
+#include "cpu/engine/quant_products.h"
 #include "cpu/engine/quant_record.h"
-#include "cpu/engine/quant_scores.h"
-#include "cpu/engine/quant_sums.h"
 
 namespace kvk::cpu::KVK_LEVEL {
 
@@ -56,7 +55,7 @@ class QuantPages : public MixedPages<T, QuantPages<T>> {
         } else {
           const Record record = k_part(piece, begin + h);
           with_bits(record.part.bits, [&](auto bits) {
-            quant_scores<bits()>(record, piece.offset, piece.count, qh, ldq, num_rows, to, ahead);
+            quant_scores<bits(), kIntegerDots<T>>(record, piece.offset, piece.count, qh, ldq, num_rows, to, ahead);
           });
         }
       }
@@ -80,8 +79,8 @@ class QuantPages : public MixedPages<T, QuantPages<T>> {
       } else {
         const Record record = v_part(piece, head);
         with_bits(record.part.bits, [&](auto bits) {
-          quant_accumulate<bits()>(record, piece.offset, piece.count, p + piece.begin, factor, num_rows, out, ldo,
-                                   ahead);
+          quant_accumulate<bits(), kIntegerDots<T>>(record, piece.offset, piece.count, p + piece.begin, factor,
+                                                    num_rows, out, ldo, ahead);
         });
       }
     }

@@ -202,15 +202,4 @@ inline void scores_along_channels(const Record& record, int offset, int count, c
   }
 }
 
-// s[r * kBlockKeys + j] = q_r . k_j for `count` tokens of a record from token `offset`.
-template <int kBits>
-inline void quant_scores(const Record& record, int offset, int count, const float* q, int ldq, int num_rows, float* s,
-                         Prefetcher& ahead) {
-  if (record.part.along_tokens) {
-    scores_along_tokens<kBits>(record, offset, count, q, ldq, num_rows, s, ahead);
-  } else {
-    scores_along_channels<kBits>(record, offset, count, q, ldq, num_rows, s, ahead);
-  }
-}
-
 }  // namespace kvk::cpu::KVK_LEVEL

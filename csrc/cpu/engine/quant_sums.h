@@ -156,26 +156,4 @@ inline void accumulate_along_tokens(const Record& record, int offset, int count,
   });
 }
 
-// out[r] = out[r] * factor[r] + sum over `count` tokens from `offset` of p[r][t] * v_t.
-template <int kBits>
-inline void quant_accumulate(const Record& record, int offset, int count, const float* p, const float* factor,
-                             int num_rows, float* out, int ldo, Prefetcher& ahead) {
-  for (int r = 0; r < num_rows; r += 4) {
-    const auto rows = [&](auto n) {
-      const float* pr = p + r * kBlockKeys;
-      if (record.part.along_tokens) {
-        accumulate_along_tokens<kBits, n()>(record, offset, count, pr, factor + r, out + r * ldo, ldo, ahead);
-      } else {
-        accumulate_along_channels<kBits, n()>(record, offset, count, pr, factor + r, out + r * ldo, ldo, ahead);
-      }
-    };
-    switch (std::min(4, num_rows - r)) {
-      case 1: rows(std::integral_constant<int, 1>()); break;
-      case 2: rows(std::integral_constant<int, 2>()); break;
-      case 3: rows(std::integral_constant<int, 3>()); break;
-      default: rows(std::integral_constant<int, 4>()); break;
-    }
-  }
-}
-
 }  // namespace kvk::cpu::KVK_LEVEL

@@ -1,0 +1,260 @@
+// Weighted sums of values by integer multiply-adds: the weights p (times the scale of a token and group of channels) of a block
+// of tokens become 16-bit integers, the sums over tokens are exact, one factor and one constant finish them.
+//
+// The codes of four tokens are brought side by side first, once for all rows: then a multiply-add of pairs sums over tokens.
+// Instructions for 128 codes of 2 bits, R rows (AVX2): 3 to interleave, 14 to unpack, R * (8 multiply-adds, 8 adds).
+#pragma once
+
+#include "cpu/engine/quant_int.h"
+#include "cpu/engine/quant_sums.h"
+
+namespace kvk::cpu::KVK_LEVEL {
+
+#if defined(__AVX2__)
+
+inline constexpr int kUnit = 8;  // bytes of a row whose columns are summed together
+inline constexpr int kUnitStride = kBlockKeys / 4 * 32;
+inline constexpr int kMaxUnits = kMaxDim / kUnit;
+
+// Whether units of bytes divide the groups of channels (or the row, where groups run along tokens).
+inline bool int_sums_fit(const Record& record) {
+  const int channels = record.part.along_tokens ? record.dim : record.part.group;
+  return record.part.bits != 3 && channels * record.part.bits % (8 * kUnit) == 0;
+}
+
+// tile[unit][t / 4]: 8 columns of bytes x 4 tokens. Tokens behind the last repeat it: their weights are 0.
+inline void interleave_tokens(const Record& record, int token, int count, uint8_t* tile, Prefetcher& ahead) {
+  const int bytes = static_cast<int>(record.row_bytes);
+  const uint8_t* first = record.row(token);
+  for (int t = 0; t < count; t += 4, first += 4 * bytes) {
+    if (t % 8 == 0) ahead.step();
+    const uint8_t* rows[4] = {first, first + bytes, first + 2 * bytes, first + 3 * bytes};
+    if (t + 4 > count) {
+      for (int e = 1; e < 4; ++e) rows[e] = record.row(token + std::min(t + e, count - 1));
+    }
+    uint8_t* to = tile + t / 4 * 32;
+    int at = 0;
+    for (; at + 32 <= bytes; at += 32) {
+      interleave_rows(rows, to + at / kUnit * kUnitStride, kUnitStride);
+      for (const uint8_t*& row : rows) row += 32;
+    }
+    for (; at < bytes; at += kUnit) {
+      interleave_rows_8(rows, to + at / kUnit * kUnitStride);
+      for (const uint8_t*& row : rows) row += kUnit;
+    }
+  }
+}
+
+// Sums over `quads` times four tokens of one unit, of codes [kFirst, kFirst + kCount) of each byte.
+template <int kBits, int kRows, int kFirst, int kCount>
+inline void unit_sums(const uint8_t* unit, int quads, const int16_t* weights, int ldw, Sums (*sums)[8 / kBits]) {
+  Sums acc[kRows][kCount];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows * kCount; ++i) acc[i / kCount][i % kCount] = zero_sums();
+  for (int t = 0; t < quads; ++t) {
+    const __m256i bytes = load_bytes(unit + t * 32);
+    Words even[kCount], odd[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      even[i] = even_rows<kBits>(bytes, kFirst + i);
+      odd[i] = odd_rows<kBits>(bytes, kFirst + i);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Words a = weight_pair(weights + r * ldw + 4 * t), b = weight_pair(weights + r * ldw + 4 * t + 2);
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        acc[r][i] = _mm256_add_epi32(acc[r][i], _mm256_add_epi32(dot2(even[i], a), dot2(odd[i], b)));
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows * kCount; ++i) sums[i / kCount][kFirst + i % kCount] = acc[i / kCount][i % kCount];
+}
+
+// Weights of a block for some rows: [groups] of each, groups a multiple of 4.
+struct IntWeights {
+  alignas(64) int16_t words[kMaxGroups * kBlockKeys];  // [group][token]
+  IntRow row[kMaxGroups];
+  float constant[kMaxGroups];  // sum of p * min
+};
+
+// For every unit of a row: put(r, group, channel, eight sums). weights: one for each row; groups of `group` channels.
+template <int kBits, int kRows, class Put>
+inline void int_sums(const uint8_t* tile, int units, int count, const IntWeights* weights, int group, Put&& put) {
+  constexpr int kPerByte = 8 / kBits;
+  constexpr int ldw = sizeof(IntWeights) / sizeof(int16_t);
+  const int quads = (count + 3) / 4;
+  int g = 0, end = group;
+  for (int u = 0; u < units; ++u) {
+    const int channel = u * kUnit * kPerByte;
+    if (channel == end) {
+      ++g;
+      end += group;
+    }
+    const int16_t* w = weights->words + g * kBlockKeys;
+    Sums sums[kRows][kPerByte];
+    const uint8_t* unit = tile + u * kUnitStride;
+    if constexpr (kPerByte == 4 && kRows > 2) {
+      unit_sums<kBits, kRows, 0, 2>(unit, quads, w, ldw, sums);
+      unit_sums<kBits, kRows, 2, 2>(unit, quads, w, ldw, sums);
+    } else {
+      unit_sums<kBits, kRows, 0, kPerByte>(unit, quads, w, ldw, sums);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const IntRow& row = weights[r].row[g];
+      const Sums centre = _mm256_set1_epi32(kCentre<kBits> * row.sum);
+      V8 x[kPerByte];
+#pragma GCC unroll 4
+      for (int i = 0; i < kPerByte; ++i) x[i] = to_floats(_mm256_sub_epi32(sums[r][i], centre)) * row.factor;
+      interleave<kPerByte>(x);
+#pragma GCC unroll 4
+      for (int i = 0; i < kPerByte; ++i) put(r, g, channel + 8 * i, x[i]);
+    }
+  }
+}
+
+// scale (or min) [count][per_row] to floats [per_row][kBlockKeys], zeros up to a multiple of 16 behind count.
+inline void widen_by_group(const f16* from, int count, int per_row, float* to) {
+  alignas(64) float rows[kBlockKeys * kMaxGroups];
+  if (per_row == 1) {
+    widen(from, count, to);
+  } else if (per_row == 4 && count % 16 == 0) {
+    alignas(64) int16_t words[64];
+    for (int t = 0; t < count; t += 16) {
+      into_code_order<4>(reinterpret_cast<const int16_t*>(from + t * 4), words);
+      for (int g = 0; g < 4; ++g) widen(reinterpret_cast<const f16*>(words) + 16 * g, 16, to + g * kBlockKeys + t);
+    }
+  } else {
+    widen(from, count * per_row, rows);
+    for (int g = 0; g < per_row; ++g) {
+      for (int t = 0; t < count; ++t) to[g * kBlockKeys + t] = rows[t * per_row + g];
+    }
+  }
+  for (int g = 0; g < per_row; ++g) {
+    std::fill(to + g * kBlockKeys + count, to + g * kBlockKeys + (count + 15) / 16 * 16, 0.0f);
+  }
+}
+
+// p [count], zeros up to n behind it.
+inline void copy_weights(const float* p, int count, int n, float* to) {
+  int t = 0;
+  for (; t + W <= count; t += W) store(load(p + t), to + t);
+  std::fill(to + t, to + n, 0.0f);
+  std::copy_n(p + t, count - t, to + t);
+}
+
+// V per token: the scale of each token and group enters the weights.
+template <int kBits, int kRows>
+inline void int_accumulate_along_channels(const Record& record, int offset, int count, const float* p,
+                                          const float* factor, float* out, int ldo, Prefetcher& ahead) {
+  const int per_row = record.groups_per_row(), n = (count + 15) / 16 * 16;
+  alignas(64) float scale[kMaxGroups * kBlockKeys], min[kMaxGroups * kBlockKeys];
+  alignas(64) uint8_t tile[kMaxUnits * kUnitStride / (8 / kBits)];
+  IntWeights weights[kRows];
+  bool fit[kRows];
+  interleave_tokens(record, offset, count, tile, ahead);
+  widen_by_group(record.scale + int64_t{offset} * per_row, count, per_row, scale);
+  widen_by_group(record.min + int64_t{offset} * per_row, count, per_row, min);
+  for (int r = 0; r < kRows; ++r) {
+    alignas(64) float own[kBlockKeys], scaled[4 * kBlockKeys];
+    copy_weights(p + r * kBlockKeys, count, n, own);
+    fit[r] = true;
+    for (int first = 0; first < per_row; first += 4) {
+      const int groups = std::min(4, per_row - first);
+      V constant[4] = {0.0f, 0.0f, 0.0f, 0.0f}, largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int g = 0; g < groups; ++g) {
+        const float *scales = scale + (first + g) * kBlockKeys, *mins = min + (first + g) * kBlockKeys;
+        V top = 0.0f, sum = 0.0f, products = 0.0f;
+        for (int t = 0; t < n; t += W) {
+          const V weight = load(own + t), product = weight * load(scales + t);
+          store(product, scaled + g * kBlockKeys + t);
+          top = larger_magnitude(product, top);
+          sum += weight * load(mins + t);
+          products += product;
+        }
+        largest[g] = top;
+        constant[g] = sum + products * static_cast<float>(kCentre<kBits>);
+      }
+      int16_t* words = weights[r].words + first * kBlockKeys;
+      to_words(scaled, kBlockKeys, groups, n, largest, words, kBlockKeys, weights[r].row + first);
+      for (int g = 0; g < groups; ++g) {
+        into_row_pairs(words + g * kBlockKeys, n);
+        fit[r] &= weights[r].row[first + g].fit;
+      }
+      sum_lanes(constant[0], constant[1], constant[2], constant[3], weights[r].constant + first);
+    }
+  }
+  const int units = static_cast<int>(record.row_bytes) / kUnit;
+  int_sums<kBits, kRows>(tile, units, count, weights, record.part.group, [&](int r, int g, int c, V8 sum) {
+    if (!fit[r]) return;
+    float* to = out + r * ldo + c;
+    const V8 before(to, stdx::element_aligned);
+    V8(before * factor[r] + (sum + weights[r].constant[g])).copy_to(to, stdx::element_aligned);
+  });
+  for (int r = 0; r < kRows; ++r) {
+    if (fit[r]) continue;
+    accumulate_along_channels<kBits, 1>(record, offset, count, p + r * kBlockKeys, factor + r, out + r * ldo, ldo,
+                                        ahead);
+  }
+}
+
+// V per channel: scale and min enter the finished sums of a group of tokens.
+template <int kBits, int kRows>
+inline void int_accumulate_along_tokens(const Record& record, int offset, int count, const float* p,
+                                        const float* factor, float* out, int ldo, Prefetcher& ahead) {
+  const int dim = record.dim;
+  alignas(64) float scale[kMaxDim], min[kMaxDim];
+  alignas(64) uint8_t tile[kMaxUnits * kUnitStride / (8 / kBits)];
+  IntWeights weights[kRows];
+  each_token_group(record, offset, count, [&](int done, int group_count) {
+    const int64_t at = int64_t{(offset + done) / record.part.group} * dim;
+    const int n = (group_count + 15) / 16 * 16;
+    interleave_tokens(record, offset + done, group_count, tile, ahead);
+    widen(record.scale + at, dim, scale);
+    widen(record.min + at, dim, min);
+    alignas(64) float own[4 * kBlockKeys];
+    alignas(64) int16_t words[4 * kBlockKeys];
+    V total[4] = {0.0f, 0.0f, 0.0f, 0.0f}, largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int r = 0; r < kRows; ++r) {
+      float* mine = own + r * kBlockKeys;
+      copy_weights(p + r * kBlockKeys + done, group_count, n, mine);
+      V sum = 0.0f, top = 0.0f;
+      for (int t = 0; t < n; t += W) {
+        sum += load(mine + t);
+        top = larger_magnitude(load(mine + t), top);
+      }
+      total[r] = sum;
+      largest[r] = top;
+    }
+    IntRow rows[4];
+    float totals[4];
+    to_words(own, kBlockKeys, kRows, n, largest, words, kBlockKeys, rows);
+    sum_lanes(total[0], total[1], total[2], total[3], totals);
+    for (int r = 0; r < kRows; ++r) {
+      into_row_pairs(words + r * kBlockKeys, n);
+      std::copy_n(words + r * kBlockKeys, n, weights[r].words);
+      weights[r].row[0] = rows[r];
+    }
+    const int units = static_cast<int>(record.row_bytes) / kUnit;
+    int_sums<kBits, kRows>(tile, units, group_count, weights, dim, [&](int r, int, int c, V8 sum) {
+      if (!rows[r].fit) return;
+      float* to = out + r * ldo + c;
+      const V8 before(to, stdx::element_aligned), step(scale + c, stdx::element_aligned);
+      const V8 base = V8(min + c, stdx::element_aligned) + step * static_cast<float>(kCentre<kBits>);
+      const float keep = done == 0 ? factor[r] : 1.0f;
+      V8(before * keep + (sum * step + base * totals[r])).copy_to(to, stdx::element_aligned);
+    });
+    for (int r = 0; r < kRows; ++r) {
+      if (rows[r].fit) continue;
+      const float keep = done == 0 ? factor[r] : 1.0f;
+      accumulate_along_tokens<kBits, 1>(record, offset + done, group_count, p + r * kBlockKeys + done, &keep,
+                                        out + r * ldo, ldo, ahead);
+    }
+  });
+}
+
+#endif
+
+}  // namespace kvk::cpu::KVK_LEVEL

@@ -1,0 +1,228 @@
+// Integer dot products of codes against 16-bit numbers, for levels that multiply and add pairs of 16-bit integers in 256-bit
+// vectors. Codes are taken in chunks of 64; within one they come in the order that unpacking costs least in, and
+// into_code_order() brings what they are multiplied with into the same order.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace kvk::cpu::KVK_LEVEL {
+
+#if defined(__AVX2__)
+inline constexpr bool kHasWords = true;
+
+using Words = __m256i;  // 16 x int16
+using Sums = __m256i;   // 8 x int32
+
+inline constexpr int kChunk = 64;  // codes
+
+inline Words load_words(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Sums zero_sums() { return _mm256_setzero_si256(); }
+
+// Sums of the products of neighbouring words.
+inline Sums dot2(Words a, Words b) { return _mm256_madd_epi16(a, b); }
+
+// The sum of four of them against q, in the order of unpack_chunk().
+inline Sums dot_chunk(const Words* codes, const int16_t* q) {
+  const Sums a = _mm256_add_epi32(dot2(codes[0], load_words(q)), dot2(codes[1], load_words(q + 16)));
+  const Sums b = _mm256_add_epi32(dot2(codes[2], load_words(q + 32)), dot2(codes[3], load_words(q + 48)));
+  return _mm256_add_epi32(a, b);
+}
+
+// The 64 codes of a row's chunk. 8 bits: code 16 k + lane is lane `lane` of codes[k]; fewer: code 4 lane + k. Reads up to 32
+// bytes behind the codes of `left` < 64 remaining ones: a record has as many there, its scales and minima.
+template <int kBits>
+inline void unpack_chunk(const uint8_t* row, int chunk, int left, Words* codes) {
+  const uint8_t* p = row + chunk * (kChunk / 8) * kBits;
+  if constexpr (kBits == 8) {
+    const auto sixteen = [p](int k) {
+      return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * k)));
+    };
+    codes[0] = sixteen(0);
+    codes[1] = left > 16 ? sixteen(1) : codes[0];  // against zeros
+    codes[2] = left > 32 ? sixteen(2) : codes[0];
+    codes[3] = left > 48 ? sixteen(3) : codes[0];
+  } else {
+    __m256i x;  // four codes in the low bits of each word
+    if constexpr (kBits == 4) {
+      x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    } else if constexpr (kBits == 3) {
+      // 12 bits a word: bytes (0, 1) and (1, 2) of every three, the second pair 4 bits higher.
+      const __m256i halves =
+          _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+                                  _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 12)), 1);
+      const __m256i pairs = _mm256_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11, 0, 1, 1, 2, 3, 4, 4, 5,
+                                             6, 7, 7, 8, 9, 10, 10, 11);
+      x = _mm256_shuffle_epi8(halves, pairs);
+      x = _mm256_blend_epi16(x, _mm256_srli_epi16(x, 4), 0xaa);
+    } else {
+      x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    const __m256i mask = _mm256_set1_epi16((1 << kBits) - 1);
+    codes[0] = _mm256_and_si256(x, mask);
+    codes[1] = _mm256_and_si256(_mm256_srli_epi16(x, kBits), mask);
+    codes[2] = _mm256_and_si256(_mm256_srli_epi16(x, 2 * kBits), mask);
+    codes[3] = _mm256_srli_epi16(x, 3 * kBits);
+    if constexpr (kBits == 3) codes[3] = _mm256_and_si256(codes[3], mask);
+  }
+}
+
+// 64 words from the order of channels to that of unpack_chunk().
+template <int kBits>
+inline void into_code_order(const int16_t* p, int16_t* to) {
+  const auto put = [to](int i, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * i), x); };
+  if constexpr (kBits == 8) {
+    for (int i = 0; i < 4; ++i) put(i, load_words(p + 16 * i));
+  } else {
+    // Four words, one of each output, belong to 64 bits: gather them as pairs, then exchange pairs between the vectors.
+    const __m256i by_four = _mm256_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15, 0, 1, 8, 9, 2, 3, 10,
+                                             11, 4, 5, 12, 13, 6, 7, 14, 15);
+    const __m256i natural = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i x[4];
+    for (int i = 0; i < 4; ++i) x[i] = _mm256_shuffle_epi8(load_words(p + 16 * i), by_four);
+    const __m256i a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpackhi_epi32(x[0], x[1]);
+    const __m256i c = _mm256_unpacklo_epi32(x[2], x[3]), d = _mm256_unpackhi_epi32(x[2], x[3]);
+    put(0, _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi64(a, c), natural));
+    put(1, _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi64(a, c), natural));
+    put(2, _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi64(b, d), natural));
+    put(3, _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi64(b, d), natural));
+  }
+}
+
+// to[i] = sum of the lanes of x[i], for eight of them.
+inline void store_lane_sums(const Sums* x, int32_t* to) {
+  const __m256i abcd = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
+  const __m256i efgh = _mm256_hadd_epi32(_mm256_hadd_epi32(x[4], x[5]), _mm256_hadd_epi32(x[6], x[7]));
+  const __m256i low = _mm256_permute2x128_si256(abcd, efgh, 0x20), high = _mm256_permute2x128_si256(abcd, efgh, 0x31);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_add_epi32(low, high));
+}
+
+// Four rows of 32 bytes to 4 x [8 columns][4 rows]: columns 8 i and on to to + i * stride.
+inline void interleave_rows(const uint8_t* const* rows, uint8_t* to, int64_t stride) {
+  __m256i x[4];
+  for (int i = 0; i < 4; ++i) x[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i]));
+  const __m256i ab_low = _mm256_unpacklo_epi8(x[0], x[1]), ab_high = _mm256_unpackhi_epi8(x[0], x[1]);
+  const __m256i cd_low = _mm256_unpacklo_epi8(x[2], x[3]), cd_high = _mm256_unpackhi_epi8(x[2], x[3]);
+  const __m256i a = _mm256_unpacklo_epi16(ab_low, cd_low), b = _mm256_unpackhi_epi16(ab_low, cd_low);
+  const __m256i c = _mm256_unpacklo_epi16(ab_high, cd_high), d = _mm256_unpackhi_epi16(ab_high, cd_high);
+  const auto put = [&](int i, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * stride), v); };
+  put(0, _mm256_permute2x128_si256(a, b, 0x20));
+  put(1, _mm256_permute2x128_si256(c, d, 0x20));
+  put(2, _mm256_permute2x128_si256(a, b, 0x31));
+  put(3, _mm256_permute2x128_si256(c, d, 0x31));
+}
+
+// The same of 8 columns.
+inline void interleave_rows_8(const uint8_t* const* rows, uint8_t* to) {
+  __m128i x[4];
+  for (int i = 0; i < 4; ++i) x[i] = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows[i]));
+  const __m128i ab = _mm_unpacklo_epi8(x[0], x[1]), cd = _mm_unpacklo_epi8(x[2], x[3]);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi16(ab, cd));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm_unpackhi_epi16(ab, cd));
+}
+
+// Code i of every byte of interleaved rows (0, 2), or (1, 3), as pairs of words.
+template <int kBits>
+inline Words even_rows(__m256i bytes, int i) {
+  return _mm256_and_si256(_mm256_srli_epi16(bytes, i * kBits), _mm256_set1_epi16((1 << kBits) - 1));
+}
+template <int kBits>
+inline Words odd_rows(__m256i bytes, int i) {
+  const __m256i x = _mm256_srli_epi16(bytes, 8 + i * kBits);
+  return (i + 1) * kBits == 8 ? x : _mm256_and_si256(x, _mm256_set1_epi16((1 << kBits) - 1));
+}
+
+inline __m256i load_bytes(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+
+// A pair of weights for every lane.
+inline Words weight_pair(const int16_t* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, sizeof(pair));
+  return _mm256_set1_epi32(pair);
+}
+
+// Weights of rows 0, 1, 2, 3, ... to 0, 2, 1, 3, ...: pairs as even_rows() and odd_rows() have them. n: a multiple of 16.
+inline void into_row_pairs(int16_t* p, int n) {
+  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5, 2, 3, 6, 7,
+                                         8, 9, 12, 13, 10, 11, 14, 15);
+  for (int i = 0; i < n; i += 16) {
+    const __m256i x = _mm256_shuffle_epi8(load_words(p + i), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i), x);
+  }
+}
+
+using V8 = stdx::resize_simd_t<8, V>;
+
+inline V8 to_floats(Sums x) { return bit_cast<V8>(_mm256_cvtepi32_ps(x)); }
+
+// x[i][c] is element N c + i of 8 N: brings them into their order. N: 1, 2 or 4.
+template <int N>
+inline void interleave(V8* x) {
+  const auto native8 = [](V8 v) { return bit_cast<__m256>(v); };
+  if constexpr (N == 2) {
+    const __m256 low = _mm256_unpacklo_ps(native8(x[0]), native8(x[1]));
+    const __m256 high = _mm256_unpackhi_ps(native8(x[0]), native8(x[1]));
+    x[0] = bit_cast<V8>(_mm256_permute2f128_ps(low, high, 0x20));
+    x[1] = bit_cast<V8>(_mm256_permute2f128_ps(low, high, 0x31));
+  } else if constexpr (N == 4) {
+    const __m256 a = _mm256_unpacklo_ps(native8(x[0]), native8(x[1]));
+    const __m256 b = _mm256_unpackhi_ps(native8(x[0]), native8(x[1]));
+    const __m256 c = _mm256_unpacklo_ps(native8(x[2]), native8(x[3]));
+    const __m256 d = _mm256_unpackhi_ps(native8(x[2]), native8(x[3]));
+    const __m256 columns[4] = {_mm256_shuffle_ps(a, c, 0x44), _mm256_shuffle_ps(a, c, 0xee),
+                               _mm256_shuffle_ps(b, d, 0x44), _mm256_shuffle_ps(b, d, 0xee)};  // (0, 4), (1, 5), ...
+    x[0] = bit_cast<V8>(_mm256_permute2f128_ps(columns[0], columns[1], 0x20));
+    x[1] = bit_cast<V8>(_mm256_permute2f128_ps(columns[2], columns[3], 0x20));
+    x[2] = bit_cast<V8>(_mm256_permute2f128_ps(columns[0], columns[1], 0x31));
+    x[3] = bit_cast<V8>(_mm256_permute2f128_ps(columns[2], columns[3], 0x31));
+  }
+}
+
+// 16 floats times factor, rounded to whole numbers, halves to even; they lie within 32767.
+inline Words round_words(const float* x, float factor) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(native(load(x) * factor)));
+#else
+  const __m256i low = _mm256_cvtps_epi32(native(load(x) * factor)),
+                high = _mm256_cvtps_epi32(native(load(x + 8) * factor));
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+#endif
+}
+
+inline void store_words(Words x, int16_t* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+
+// The larger magnitude of each lane; a NaN is larger than infinity.
+inline V larger_magnitude(V x, V largest) {
+#if defined(__AVX512F__)
+  const __m512i bits = _mm512_and_si512(bit_cast<__m512i>(x), _mm512_set1_epi32(0x7fffffff));
+  return bit_cast<V>(_mm512_max_epu32(bits, bit_cast<__m512i>(largest)));
+#else
+  const __m256i bits = _mm256_and_si256(bit_cast<__m256i>(x), _mm256_set1_epi32(0x7fffffff));
+  return bit_cast<V>(_mm256_max_epu32(bits, bit_cast<__m256i>(largest)));
+#endif
+}
+
+// out[i] = the largest lane of x[i], lanes compared as bits, for four of them.
+inline void max_magnitudes(const V* x, float* out) {
+  __m256i y[4];
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    const __m512i bits = bit_cast<__m512i>(x[i]);
+    y[i] = _mm256_max_epu32(_mm512_castsi512_si256(bits), _mm512_extracti64x4_epi64(bits, 1));
+#else
+    y[i] = bit_cast<__m256i>(x[i]);
+#endif
+  }
+  const auto pairs = [](__m256i a, __m256i b) {
+    return _mm256_max_epu32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  };
+  const __m256i ab = pairs(y[0], y[1]), cd = pairs(y[2], y[3]);
+  const __m256i abcd = _mm256_max_epu32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  const __m128i all = _mm_max_epu32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
+  _mm_storeu_ps(out, _mm_castsi128_ps(all));
+}
+
+#else
+inline constexpr bool kHasWords = false;
+#endif
+
+}  // namespace kvk::cpu::KVK_LEVEL

@@ -84,6 +84,7 @@ void quantize_pages(const QuantizePagesArgs& args, Threads& threads) {
     block.dtype = pages.dtype;
     block.x = dense_at(pages, from, head);
     block.token_stride = pages.stride[1];
+    if (head + 1 < num_heads) block.ahead = dense_at(pages, from, head + 1);
     kernels().quantize_block(block);
     clear_padding(part, format.page_size, dim, record);
   });

@@ -15,6 +15,7 @@ struct QuantBlock {
   uint8_t* codes;        // [tokens][dim * bits / 8]
   f16* scale;            // [tokens / group][dim] or [tokens][dim / group]
   f16* min;
+  const void* ahead;  // x of the block that comes next, with the same strides, or null
 };
 
 }  // namespace kvk::cpu

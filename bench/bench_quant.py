@@ -10,6 +10,7 @@ import pytest
 
 from bench.cases import AttentionCase
 from bench.harness import Measure
+from bench.peers_quant import OnnxRuntimeQuant
 from bench.quant_cases import (
     Ours,
     QuantAttentionCase,
@@ -38,7 +39,7 @@ def decode_cases() -> list[QuantAttentionCase]:
 
 @pytest.mark.parametrize("case", decode_cases(), ids=lambda case: case.name)
 def bench_quant_decode(case: QuantAttentionCase, measure: Measure) -> None:
-    measure(case, [Ours(decode_records), Ours(decode_dense, "kvk bf16 dense")])
+    measure(case, [Ours(decode_records), Ours(decode_dense, "kvk bf16 dense"), OnnxRuntimeQuant()])
 
 
 @pytest.mark.parametrize(

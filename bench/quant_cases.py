@@ -133,15 +133,20 @@ class QuantAttentionData:
         dense = self.dense.case
         shape = (dense.batch, -1, dense.kv_heads, dense.head_dim)
         k, v = (x.reshape(shape)[:, : dense.kv_len].transpose(1, 2).contiguous() for x in (k, v))
+        return self.over(k, v)
+
+    def over(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse) in fp64 over these keys and values."""
         fields = dict(self.dense.__dict__)
         fields.pop("reference", None)
         fields.pop("dense_q", None)
         return AttentionData(**{**fields, "k": k, "v": v}).reference
 
-    def check(self, result: tuple[torch.Tensor, torch.Tensor]) -> float:
-        """The error against attention over the dequantized numbers. Over dense pages: against those."""
-        out, lse = result
-        want = self.dense.reference if lse is None else self.reference
+    def check(self, result: tuple[Any, ...]) -> float:
+        """The error of (out, lse) against attention over the dequantized numbers; of (out, None) over the dense pages;
+        of (out, None, k, v), from a cache of its own, over those."""
+        out, lse, *own = result
+        want = self.over(*own) if own else self.dense.reference if lse is None else self.reference
         error = relative_error(out, want[0])
         if not error <= TOLERANCE[self.case.dtype]:
             raise WrongResultError(f"out is off by {error:.2e}")

@@ -166,6 +166,64 @@ def test_nan_stays_in_the_rows_that_read_it(name, part):
         assert out[1].isfinite().all() and (window >= 0) == bool(out[0].isfinite().all())
 
 
+class TestIntegers:
+    """Where 16-bit queries go by integer dot products (AVX2 and later): the rows that cannot, and numbers that are hard
+    to round together."""
+
+    FMT = kvk.QuantFormat(64, 64, 4, 4)
+
+    def case(self, fmt=None, **params):
+        return make_quant_case(
+            [200, 70], fmt=fmt or self.FMT, group=4, dtype=torch.bfloat16, dense_share=0.0, **params
+        )
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0, 1e-38, 1e-33])
+    @pytest.mark.parametrize("axis", ["channel", "token"])
+    def test_a_row_by_itself(self, bad, axis):
+        """What is in one row of q never changes the bits of another."""
+        fmt = kvk.QuantFormat(64, 64, 4, 4, v_axis=axis)
+        case = self.case(fmt)
+        want_out, want_lse = case.run()
+        q = case.q.clone()
+        if bad == bad and abs(bad) < 1:
+            q[0, 2] = bad
+        else:
+            q[0, 2, 5] = bad
+        out, lse = case.with_(q=q).check()
+        others = torch.ones(out.shape[:2], dtype=torch.bool)
+        others[0, 2] = False
+        assert_bit_equal(out[others], want_out[others])
+        assert_bit_equal(lse[others], want_lse[others])
+
+    @pytest.mark.parametrize("part", ["k", "v"])
+    @pytest.mark.parametrize("name", ["kivi2", "kivi4", "axes_swapped", "int8"])
+    def test_a_scale_that_is_nan(self, name, part):
+        fmt = FORMATS[name]
+        case = self.case(fmt)
+        pool = case.k_pool if part == "k" else case.v_pool
+        layout = fmt.k_layout if part == "k" else fmt.v_layout
+        scale = slice(layout.scale_offset + 6, layout.scale_offset + 8)
+        pool[int(case.page_indices[0, 0]), 0, scale] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)
+        out, _ = case.check()
+        assert out[1].isfinite().all() and out[0, 4:].isfinite().all() and out[0, :4].isnan().any()
+
+    @pytest.mark.parametrize("bits", BITS)
+    def test_channels_of_unlike_size(self, bits):
+        """A channel twenty times as large as the rest, in K and in V."""
+        fmt = kvk.QuantFormat(64, 64, bits, bits)
+        paged = make_case([300, 65], dtype=torch.float16, page_size=64, group=4, head_dim=64)
+        paged.k_pages[..., 7] *= 20
+        paged.v_pages[..., 40] *= 20
+        quantized(paged, fmt, 0.2).check()
+
+    @pytest.mark.parametrize("step", [0.0, 8.0, -8.0, 80.0])
+    def test_weights_from_one_to_nothing(self, step):
+        """Scores that rise, or fall, by `step` from key to key: blocks whose weights are tiny, or all zero."""
+        case = self.case(alibi=True)
+        case.options["alibi_slopes"] = torch.full_like(case.options["alibi_slopes"], step)
+        case.check()
+
+
 @given(st.data())
 def test_random_decode(data):
     check_random(data, prefill=False)

@@ -15,39 +15,42 @@
 namespace kvk::cpu::KVK_LEVEL {
 namespace {
 
-// Codes of n elements of a row; column(d, min, inverse, top, divisor) gives what a vector from d on needs.
-template <class T>
-inline void encode_columns(const T* row, int n, float levels, const Groups& groups, uint8_t* codes) {
-  int d = 0;
-  for (; d + 4 * W <= n; d += 4 * W) {
+// Codes of n elements of a row, one group each.
+template <int kBits, class T>
+inline void encode_columns(const T* row, int n, const Groups& groups, uint8_t* to) {
+  alignas(64) uint8_t codes[kBatch];
+  for (int d = 0; d < n; d += 32, to += 4 * kBits) {
     const auto column = [&](int i, V& min, V& inverse) {
       min = load(groups.min + d + i);
       inverse = load(groups.inverse + d + i);
     };
-    if (!encode_fast<4>(row + d, column, levels, codes + d)) continue;
-    for (int i = d; i < d + 4 * W; i += W) {
-      encode(load(row + i), load(groups.min + i), load(groups.top + i), load(groups.divisor + i), codes + i);
+    const int count = std::min(32, n - d);
+    if (count == 32 && !groups.wide && encode_32<kBits>(row + d, column, to)) continue;
+    for (int i = d; i < d + count; i += W) {
+      encode(load_columns(row + i, n - i), load(groups.min + i), load(groups.top + i), load(groups.divisor + i),
+             codes + i - d);
     }
-  }
-  for (; d < n; d += W) {
-    encode(load_columns(row + d, n - d), load(groups.min + d), load(groups.top + d), load(groups.divisor + d),
-           codes + d);
+    pack_codes<kBits>(codes, count, to);
   }
 }
 
-// Codes of one group of consecutive elements.
-template <int kVecs, class T>
-inline void encode_group(const T* x, int group, float levels, const Groups& groups, int at, uint8_t* codes) {
+// Codes of one group of consecutive elements, 16 or more.
+template <int kBits, class T>
+inline void encode_group(const T* x, int group, const Groups& groups, int at, uint8_t* to) {
+  alignas(64) uint8_t codes[kBatch];
   const V mins = groups.min[at], inverses = groups.inverse[at];
   const auto column = [&](int, V& min, V& inverse) {
     min = mins;
     inverse = inverses;
   };
-  for (int d = 0; d < group; d += kVecs * W) {
-    if (!encode_fast<kVecs>(x + d, column, levels, codes + d)) continue;
-    for (int i = d; i < d + kVecs * W; i += W) {
-      encode(load(x + i), mins, groups.top[at], groups.divisor[at], codes + i);
+  for (int d = 0; d < group; d += 32, to += 4 * kBits) {
+    const int count = std::min(32, group - d);
+    if (count == 32 && !groups.wide && encode_32<kBits>(x + d, column, to)) continue;
+    for (int i = 0; i < count; i += W) {  // the last two may overlap
+      const int from = std::max(0, std::min(i, count - W));
+      encode(load_columns(x + d + from, count - from), mins, groups.top[at], groups.divisor[at], codes + from);
     }
+    pack_codes<kBits>(codes, count, to);
   }
 }
 
@@ -64,9 +67,7 @@ void quantize_along_tokens(const QuantBlock& b) {
   const T* x = static_cast<const T*>(b.x);
   const int64_t row_bytes = b.dim * kBits / 8;
   constexpr int kVecs = kManyRegisters ? 8 : 4;
-  constexpr float kLevels = (1 << kBits) - 1;
   Groups groups;
-  alignas(64) uint8_t codes[kBatch + 64];
   for (int64_t first = 0; first < b.tokens; first += b.part.group) {
     for (int64_t c = 0; c < b.dim; c += kBatch) {
       const int n = static_cast<int>(std::min<int64_t>(kBatch, b.dim - c));
@@ -85,8 +86,7 @@ void quantize_along_tokens(const QuantBlock& b) {
       groups.finish(n, b.clip, kBits, b.scale + scales, b.min + scales);
       for (int t = 0; t < b.part.group; ++t) {
         if (c == 0) fetch_ahead(b, first + t);
-        encode_columns(block + t * b.token_stride, n, kLevels, groups, codes);
-        pack_codes<kBits>(codes, n, b.codes + (first + t) * row_bytes + c * kBits / 8);
+        encode_columns<kBits>(block + t * b.token_stride, n, groups, b.codes + (first + t) * row_bytes + c * kBits / 8);
       }
     }
   }
@@ -96,9 +96,7 @@ template <int kBits, class T>
 void quantize_along_channels(const QuantBlock& b) {
   const int group = b.part.group;
   const int64_t per_row = b.dim / group, total = b.tokens * per_row;
-  constexpr float kLevels = (1 << kBits) - 1;
   Groups groups;
-  alignas(64) uint8_t codes[kBatch];
   for (int64_t first = 0; first < total; first += kBatch) {
     const int n = static_cast<int>(std::min<int64_t>(kBatch, total - first));
     // f(i, elements) for the groups of the batch.
@@ -118,17 +116,7 @@ void quantize_along_channels(const QuantBlock& b) {
     uint8_t* to = b.codes + first * group * kBits / 8;
     each_group([&](int i, const T* x, int64_t row) {
       if (row >= 0) fetch_ahead(b, row);
-      if (group % (4 * W) == 0) {
-        encode_group<4>(x, group, kLevels, groups, i, codes);
-      } else if (group % (2 * W) == 0) {
-        encode_group<2>(x, group, kLevels, groups, i, codes);
-      } else {
-        for (int d = 0; d < group; d += W) {  // the last two may overlap
-          const int at = std::min(d, group - W);
-          encode(load(x + at), groups.min[i], groups.top[i], groups.divisor[i], codes + at);
-        }
-      }
-      pack_codes<kBits>(codes, group, to + i * group * kBits / 8);
+      encode_group<kBits>(x, group, groups, i, to + i * group * kBits / 8);
     });
   }
 }

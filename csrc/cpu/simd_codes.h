@@ -60,39 +60,6 @@ inline void store_bytes(VU32 x, uint8_t* p) {
 #endif
 }
 
-// The low bytes of kVecs vectors; each lane holds 0 to 255.
-template <int kVecs>
-inline void store_bytes(const VU32* x, uint8_t* p) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if constexpr (kVecs == 4) {
-    const auto words = [x](int i) { return _mm256_packs_epi32(bit_cast<__m256i>(x[i]), bit_cast<__m256i>(x[i + 1])); };
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words(0), words(2)), order);
-    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
-  }
-#endif
-#pragma GCC unroll 4
-  for (int i = 0; i < kVecs; ++i) store_bytes(x[i], p + i * W);
-}
-
-// x, 0 to 255, to the nearest whole number, halves to even; as a float, too.
-inline VU32 round_codes(V x, V& whole) {
-#if defined(__AVX512F__)
-  const __m512i n = _mm512_cvtps_epi32(native(x));
-  whole = bit_cast<V>(_mm512_cvtepi32_ps(n));
-  return bit_cast<VU32>(n);
-#elif defined(__AVX2__)
-  const __m256i n = _mm256_cvtps_epi32(native(x));
-  whole = bit_cast<V>(_mm256_cvtepi32_ps(n));
-  return bit_cast<VU32>(n);
-#else
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2**23: the sum's low bits are the rounded number
-  const V shifted = x + kRound;
-  whole = shifted - kRound;
-  return bit_cast<VU32>(shifted) & 0xffu;
-#endif
-}
-
 // Eight codes, one in each byte, to eight codes of kBits in the low bytes.
 template <int kBits>
 inline uint64_t squeeze8(uint64_t x) {

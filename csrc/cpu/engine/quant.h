@@ -1,9 +1,13 @@
-// Format: quantized records, mixed with dense pages by the tag of a page reference. Scales stay out of the inner loop, which
-// multiplies floats of whole codes, taken around the middle of their range (kMiddle):
-//   K per channel  q.k = sum_d (q_d scale_d) code + sum_d q_d min_d     q is scaled once for each group of tokens
-//   K per token    q.k = sum_g scale_g sum_d q_d code + min_g sum_d q_d  one factor for each group of channels
-//   V per token    p v = sum_t (p_t scale_t) code + sum_t p_t min_t     p is scaled once for each group of channels
-//   V per channel  p v = scale_d sum_t p_t code + min_d sum_t p_t       the sum is scaled at the end of a group of tokens
+// Format: quantized records, mixed with dense pages by the tag of a page
+// reference. Scales stay out of the inner loop, which multiplies floats of
+// whole codes, taken around the middle of their range (kMiddle):
+//   K per channel  q.k = sum_d (q_d scale_d) code + sum_d q_d min_d     q is
+//   scaled once for each group of tokens K per token    q.k = sum_g scale_g
+//   sum_d q_d code + min_g sum_d q_d  one factor for each group of channels V
+//   per token    p v = sum_t (p_t scale_t) code + sum_t p_t min_t     p is
+//   scaled once for each group of channels V per channel  p v = scale_d sum_t
+//   p_t code + min_d sum_t p_t       the sum is scaled at the end of a group of
+//   tokens
 // Bytes: the records, each once for all query heads of its kv head.
 #pragma once
 
@@ -34,13 +38,14 @@ class QuantPages : public MixedPages<T, QuantPages<T>> {
     if (p.quant->format.v.rotate) Mixed::rotate(p.head_dim_v, true, acc);
   }
 
-  // The next block's codes, while the present one is multiplied; the hardware follows within a record.
-  Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int, int) const {
-    return prefetch(rows, scratch, begin * pools_.v_head_stride, &Piece::v, v_layout_, 8);
+  // The next block's records, while the present ones are multiplied. Steps:
+  // scores() makes one for 8 keys of a head, the sums one for a few columns.
+  Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int end, int) const {
+    return prefetch(rows, scratch, begin, end, &Piece::v, pools_.v_head_stride, v_layout_, kBlockKeys / 8);
   }
-  Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int, int) const {
-    return prefetch(rows, scratch, begin * pools_.k_head_stride, &Piece::k, k_layout_,
-                    std::max(1, p_.head_dim_v / (4 * W)));
+  Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int end, int) const {
+    const int columns = kIntegerDots<T> ? static_cast<int>(v_layout_.row_bytes) / kSumBytes : p_.head_dim_v / (4 * W);
+    return prefetch(rows, scratch, begin, end, &Piece::k, pools_.k_head_stride, k_layout_, std::max(1, columns));
   }
 
   void scores(const Rows& rows, int begin, int heads, const float* q, int ldq, int num_rows, float* s,
@@ -104,18 +109,25 @@ class QuantPages : public MixedPages<T, QuantPages<T>> {
     with_bits(record.part.bits, [&](auto bits) { quant_unpack<bits()>(record, piece.offset, piece.count, to, ld); });
   }
 
-  // Codes, scales and minima of the records of a block.
-  static Prefetcher prefetch(const Rows& rows, const void** scratch, int64_t head, const void* Piece::* part,
-                             const QuantLayout& layout, int steps) {
+  // Codes, scales and minima of the records of a block, of kv heads [begin,
+  // end); `steps` for each of them.
+  Prefetcher prefetch(const Rows& rows, const void** scratch, int begin, int end, const void* Piece::* part,
+                      int64_t head_stride, const QuantLayout& layout, int steps) const {
     typename Mixed::Regions regions;
-    for (int i = 0; i < rows.num_pieces && rows.count > 0 && !regions.full(); ++i) {
+    for (int i = 0; i < rows.num_pieces && rows.count > 0; ++i) {
       const Piece& piece = rows.pieces[i];
       if (piece.dense) continue;
-      const uint8_t* record = static_cast<const uint8_t*>(piece.*part) + head;
-      regions.add(record + piece.offset * layout.row_bytes, piece.count * layout.row_bytes);
-      regions.add(record + layout.scale_offset, layout.record_bytes - layout.scale_offset);
+      const uint8_t* record = static_cast<const uint8_t*>(piece.*part) + begin * head_stride;
+      if (piece.count == p_.page_size && head_stride == layout.record_bytes) {
+        regions.add(record, (end - begin) * layout.record_bytes);
+        continue;
+      }
+      for (int h = begin; h < end && !regions.full(); ++h, record += head_stride) {
+        regions.add(record + piece.offset * layout.row_bytes, piece.count * layout.row_bytes);
+        regions.add(record + layout.scale_offset, layout.record_bytes - layout.scale_offset);
+      }
     }
-    return regions.prefetcher(scratch, steps);
+    return regions.prefetcher(scratch, steps * (end - begin));
   }
 
   const QuantFormat& format_;

@@ -1,5 +1,7 @@
-// Rows of floats as 16-bit integers with one factor each, for integer dot products with codes. Rounding to 2**-16 of the largest
-// element is far below the rounding of a 16-bit float, and each row's is its own: no other row, request or thread enters it.
+// Rows of floats as 16-bit integers with one factor each, for integer dot
+// products with codes. Rounding to 2**-16 of the largest element is far below
+// the rounding of a 16-bit float, and each row's is its own: no other row,
+// request or thread enters it.
 #pragma once
 
 #include "cpu/engine/quant_record.h"
@@ -7,21 +9,26 @@
 
 namespace kvk::cpu::KVK_LEVEL {
 
-// Codes are multiplied as they are; what they lie around is taken off the finished sum, like kMiddle of floats.
+// Codes are multiplied as they are; what they lie around is taken off the
+// finished sum, like kMiddle of floats.
 template <int kBits>
 inline constexpr int kCentre = 1 << (kBits - 1);
 
+inline constexpr int kSumBytes = 8;  // bytes of a row whose columns are summed together
+
 #if defined(__AVX2__)
 
-// How a row became integers: x ~ factor * integer. Not `fit`: it holds NaN or infinities, or all of it is so small that
-// its factor would not be a normal number; floats take such a row.
+// How a row became integers: x ~ factor * integer. Not `fit`: it holds NaN or
+// infinities, or all of it is so small that its factor would not be a normal
+// number; floats take such a row.
 struct IntRow {
   float factor;
   int32_t sum;  // of the integers
   bool fit;
 };
 
-// `count` <= 4 rows of n floats, n a multiple of 16, to integers. largest: four vectors, of the largest magnitudes of each row.
+// `count` <= 4 rows of n floats, n a multiple of 16, to integers. largest: four
+// vectors, of the largest magnitudes of each row.
 inline void to_words(const float* x, int ldx, int count, int n, const V* largest, int16_t* to, int ldt, IntRow* rows) {
   constexpr float kLimit = 32767.0f, kTiny = 1e-30f;
   float top[4];

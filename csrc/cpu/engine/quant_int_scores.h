@@ -1,8 +1,9 @@
-// Scores by integer dot products, keys quantized per channel: q * scale of a group of tokens becomes 16-bit integers, the dot
-// product with the codes is exact, one factor and one constant finish it.
+// Scores by integer dot products, keys quantized per channel: q * scale of a
+// group of tokens becomes 16-bit integers, the dot product with the codes is
+// exact, one factor and one constant finish it.
 //
-// Instructions for 64 codes of one key, R rows (AVX2): 8 to unpack them, and R * (4 multiply-adds of pairs, 4 adds); floats take
-// 16 to 32, and R * 8.
+// Instructions for 64 codes of one key, R rows (AVX2): 8 to unpack them, and R
+// * (4 multiply-adds of pairs, 4 adds); floats take 16 to 32, and R * 8.
 #pragma once
 
 #include "cpu/engine/quant_int.h"
@@ -12,7 +13,8 @@ namespace kvk::cpu::KVK_LEVEL {
 
 #if defined(__AVX2__)
 
-// sums[r * kBlockKeys + j] = q_r . codes of token j, for kRows rows; up to 8 / kRows - 1 sums behind the last are written.
+// sums[r * kBlockKeys + j] = q_r . codes of token j, for kRows rows; up to 8 /
+// kRows - 1 sums behind the last are written.
 template <int kBits, int kRows>
 inline void int_dots(const int16_t* q, int ldq, const Record& record, int token, int count, int32_t* sums,
                      Prefetcher& ahead) {
@@ -44,8 +46,8 @@ inline void int_dots(const int16_t* q, int ldq, const Record& record, int token,
   }
 }
 
-// A few query rows against a few groups of tokens, up to 4 in all: worked out together, because each by itself is one chain of
-// dependent steps.
+// A few query rows against a few groups of tokens, up to 4 in all: worked out
+// together, because each by itself is one chain of dependent steps.
 template <int kBits>
 class IntQueries {
  public:
@@ -101,7 +103,8 @@ class IntQueries {
 
   bool fit(int i) const { return row_[i].fit; }
 
-  // sums[r * kBlockKeys + j] = (slot first + r) . codes of token j, `rows` of them; eight sums behind the last are written.
+  // sums[r * kBlockKeys + j] = (slot first + r) . codes of token j, `rows` of
+  // them; eight sums behind the last are written.
   void dots(int first, int rows, const Record& record, int token, int count, int32_t* sums, Prefetcher& ahead) const {
     for (int r = 0; r < rows;) {
       const int16_t* q = words_ + (first + r) * kMaxDim;

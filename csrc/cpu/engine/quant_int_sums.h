@@ -1,8 +1,12 @@
-// Weighted sums of values by integer multiply-adds: the weights p (times the scale of a token and group of channels) of a block
-// of tokens become 16-bit integers, the sums over tokens are exact, one factor and one constant finish them.
+// Weighted sums of values by integer multiply-adds: the weights p (times the
+// scale of a token and group of channels) of a block of tokens become 16-bit
+// integers, the sums over tokens are exact, one factor and one constant finish
+// them.
 //
-// The codes of four tokens are brought side by side first, once for all rows: then a multiply-add of pairs sums over tokens.
-// Instructions for 128 codes of 2 bits, R rows (AVX2): 3 to interleave, 14 to unpack, R * (8 multiply-adds, 8 adds).
+// The codes of four tokens are brought side by side first, once for all rows:
+// then a multiply-add of pairs sums over tokens. Instructions for 128 codes of
+// 2 bits, R rows (AVX2): 3 to interleave, 14 to unpack, R * (8 multiply-adds, 8
+// adds).
 #pragma once
 
 #include "cpu/engine/quant_int.h"
@@ -12,22 +16,23 @@ namespace kvk::cpu::KVK_LEVEL {
 
 #if defined(__AVX2__)
 
-inline constexpr int kUnit = 8;  // bytes of a row whose columns are summed together
+inline constexpr int kUnit = kSumBytes;  // bytes of a row whose columns are summed together
 inline constexpr int kUnitStride = kBlockKeys / 4 * 32;
 inline constexpr int kMaxUnits = kMaxDim / kUnit;
 
-// Whether units of bytes divide the groups of channels (or the row, where groups run along tokens).
+// Whether units of bytes divide the groups of channels (or the row, where
+// groups run along tokens).
 inline bool int_sums_fit(const Record& record) {
   const int channels = record.part.along_tokens ? record.dim : record.part.group;
   return record.part.bits != 3 && channels * record.part.bits % (8 * kUnit) == 0;
 }
 
-// tile[unit][t / 4]: 8 columns of bytes x 4 tokens. Tokens behind the last repeat it: their weights are 0.
-inline void interleave_tokens(const Record& record, int token, int count, uint8_t* tile, Prefetcher& ahead) {
+// tile[unit][t / 4]: 8 columns of bytes x 4 tokens. Tokens behind the last
+// repeat it: their weights are 0.
+inline void interleave_tokens(const Record& record, int token, int count, uint8_t* tile) {
   const int bytes = static_cast<int>(record.row_bytes);
   const uint8_t* first = record.row(token);
   for (int t = 0; t < count; t += 4, first += 4 * bytes) {
-    if (t % 8 == 0) ahead.step();
     const uint8_t* rows[4] = {first, first + bytes, first + 2 * bytes, first + 3 * bytes};
     if (t + 4 > count) {
       for (int e = 1; e < 4; ++e) rows[e] = record.row(token + std::min(t + e, count - 1));
@@ -45,7 +50,8 @@ inline void interleave_tokens(const Record& record, int token, int count, uint8_
   }
 }
 
-// Sums over `quads` times four tokens of one unit, of codes [kFirst, kFirst + kCount) of each byte.
+// Sums over `quads` times four tokens of one unit, of codes [kFirst, kFirst +
+// kCount) of each byte.
 template <int kBits, int kRows, int kFirst, int kCount>
 inline void unit_sums(const uint8_t* unit, int quads, const int16_t* weights, int ldw, Sums (*sums)[8 / kBits]) {
   Sums acc[kRows][kCount];
@@ -79,15 +85,18 @@ struct IntWeights {
   float constant[kMaxGroups];  // sum of p * min
 };
 
-// For every unit of a row: put(r, group, channel, eight sums). weights: one for each row; groups of `group` channels.
+// For every unit of a row: put(r, group, channel, eight sums). weights: one for
+// each row; groups of `group` channels.
 template <int kBits, int kRows, class Put>
-inline void int_sums(const uint8_t* tile, int units, int count, const IntWeights* weights, int group, Put&& put) {
+inline void int_sums(const uint8_t* tile, int units, int count, const IntWeights* weights, int group, Prefetcher& ahead,
+                     Put&& put) {
   constexpr int kPerByte = 8 / kBits;
   constexpr int ldw = sizeof(IntWeights) / sizeof(int16_t);
   const int quads = (count + 3) / 4;
   int g = 0, end = group;
   for (int u = 0; u < units; ++u) {
     const int channel = u * kUnit * kPerByte;
+    ahead.step();
     if (channel == end) {
       ++g;
       end += group;
@@ -115,7 +124,8 @@ inline void int_sums(const uint8_t* tile, int units, int count, const IntWeights
   }
 }
 
-// scale (or min) [count][per_row] to floats [per_row][kBlockKeys], zeros up to a multiple of 16 behind count.
+// scale (or min) [count][per_row] to floats [per_row][kBlockKeys], zeros up to
+// a multiple of 16 behind count.
 inline void widen_by_group(const f16* from, int count, int per_row, float* to) {
   alignas(64) float rows[kBlockKeys * kMaxGroups];
   if (per_row == 1) {
@@ -154,7 +164,7 @@ inline void int_accumulate_along_channels(const Record& record, int offset, int 
   alignas(64) uint8_t tile[kMaxUnits * kUnitStride / (8 / kBits)];
   IntWeights weights[kRows];
   bool fit[kRows];
-  interleave_tokens(record, offset, count, tile, ahead);
+  interleave_tokens(record, offset, count, tile);
   widen_by_group(record.scale + int64_t{offset} * per_row, count, per_row, scale);
   widen_by_group(record.min + int64_t{offset} * per_row, count, per_row, min);
   for (int r = 0; r < kRows; ++r) {
@@ -187,7 +197,7 @@ inline void int_accumulate_along_channels(const Record& record, int offset, int 
     }
   }
   const int units = static_cast<int>(record.row_bytes) / kUnit;
-  int_sums<kBits, kRows>(tile, units, count, weights, record.part.group, [&](int r, int g, int c, V8 sum) {
+  int_sums<kBits, kRows>(tile, units, count, weights, record.part.group, ahead, [&](int r, int g, int c, V8 sum) {
     if (!fit[r]) return;
     float* to = out + r * ldo + c;
     const V8 before(to, stdx::element_aligned);
@@ -211,7 +221,7 @@ inline void int_accumulate_along_tokens(const Record& record, int offset, int co
   each_token_group(record, offset, count, [&](int done, int group_count) {
     const int64_t at = int64_t{(offset + done) / record.part.group} * dim;
     const int n = (group_count + 15) / 16 * 16;
-    interleave_tokens(record, offset + done, group_count, tile, ahead);
+    interleave_tokens(record, offset + done, group_count, tile);
     widen(record.scale + at, dim, scale);
     widen(record.min + at, dim, min);
     alignas(64) float own[4 * kBlockKeys];
@@ -238,7 +248,7 @@ inline void int_accumulate_along_tokens(const Record& record, int offset, int co
       weights[r].row[0] = rows[r];
     }
     const int units = static_cast<int>(record.row_bytes) / kUnit;
-    int_sums<kBits, kRows>(tile, units, group_count, weights, dim, [&](int r, int, int c, V8 sum) {
+    int_sums<kBits, kRows>(tile, units, group_count, weights, dim, ahead, [&](int r, int, int c, V8 sum) {
       if (!rows[r].fit) return;
       float* to = out + r * ldo + c;
       const V8 before(to, stdx::element_aligned), step(scale + c, stdx::element_aligned);

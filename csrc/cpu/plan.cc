@@ -48,7 +48,7 @@ class Planner {
     if (p_.quant != nullptr) {
       const int64_t head_bytes = std::max(p_.quant->k_head_stride, p_.quant->v_head_stride) * kBlockKeys /
                                  std::min<int64_t>(p_.page_size, kBlockKeys);
-      heads = static_cast<int32_t>(std::clamp<int64_t>(kStreamBlockBytes / head_bytes, 1, heads));
+      heads = static_cast<int32_t>(std::clamp<int64_t>(kStreamBlockBytes / std::max<int64_t>(1, head_bytes), 1, heads));
     }
     int64_t items = 0;
     for (int32_t b = 0; b < p_.num_requests; ++b) {

@@ -21,52 +21,7 @@ inline Sums zero_sums() { return _mm256_setzero_si256(); }
 // Sums of the products of neighbouring words.
 inline Sums dot2(Words a, Words b) { return _mm256_madd_epi16(a, b); }
 
-// The sum of four of them against q, in the order of unpack_chunk().
-inline Sums dot_chunk(const Words* codes, const int16_t* q) {
-  const Sums a = _mm256_add_epi32(dot2(codes[0], load_words(q)), dot2(codes[1], load_words(q + 16)));
-  const Sums b = _mm256_add_epi32(dot2(codes[2], load_words(q + 32)), dot2(codes[3], load_words(q + 48)));
-  return _mm256_add_epi32(a, b);
-}
-
-// The 64 codes of a row's chunk. 8 bits: code 16 k + lane is lane `lane` of codes[k]; fewer: code 4 lane + k. Reads up to 32
-// bytes behind the codes of `left` < 64 remaining ones: a record has as many there, its scales and minima.
-template <int kBits>
-inline void unpack_chunk(const uint8_t* row, int chunk, int left, Words* codes) {
-  const uint8_t* p = row + chunk * (kChunk / 8) * kBits;
-  if constexpr (kBits == 8) {
-    const auto sixteen = [p](int k) {
-      return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * k)));
-    };
-    codes[0] = sixteen(0);
-    codes[1] = left > 16 ? sixteen(1) : codes[0];  // against zeros
-    codes[2] = left > 32 ? sixteen(2) : codes[0];
-    codes[3] = left > 48 ? sixteen(3) : codes[0];
-  } else {
-    __m256i x;  // four codes in the low bits of each word
-    if constexpr (kBits == 4) {
-      x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    } else if constexpr (kBits == 3) {
-      // 12 bits a word: bytes (0, 1) and (1, 2) of every three, the second pair 4 bits higher.
-      const __m256i halves =
-          _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
-                                  _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 12)), 1);
-      const __m256i pairs = _mm256_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11, 0, 1, 1, 2, 3, 4, 4, 5,
-                                             6, 7, 7, 8, 9, 10, 10, 11);
-      x = _mm256_shuffle_epi8(halves, pairs);
-      x = _mm256_blend_epi16(x, _mm256_srli_epi16(x, 4), 0xaa);
-    } else {
-      x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    }
-    const __m256i mask = _mm256_set1_epi16((1 << kBits) - 1);
-    codes[0] = _mm256_and_si256(x, mask);
-    codes[1] = _mm256_and_si256(_mm256_srli_epi16(x, kBits), mask);
-    codes[2] = _mm256_and_si256(_mm256_srli_epi16(x, 2 * kBits), mask);
-    codes[3] = _mm256_srli_epi16(x, 3 * kBits);
-    if constexpr (kBits == 3) codes[3] = _mm256_and_si256(codes[3], mask);
-  }
-}
-
-// 64 words from the order of channels to that of unpack_chunk().
+// 64 words, word 4 lane + k to lane `lane` of vector k; at 8 bits as they are.
 template <int kBits>
 inline void into_code_order(const int16_t* p, int16_t* to) {
   const auto put = [to](int i, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * i), x); };

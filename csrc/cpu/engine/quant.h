@@ -60,7 +60,7 @@ class QuantPages : public MixedPages<T, QuantPages<T>> {
         } else {
           const Record record = k_part(piece, begin + h);
           with_bits(record.part.bits, [&](auto bits) {
-            quant_scores<bits(), kIntegerDots<T>>(record, piece.offset, piece.count, qh, ldq, num_rows, to, ahead);
+            quant_scores<bits()>(record, piece.offset, piece.count, qh, ldq, num_rows, to, ahead);
           });
         }
       }

@@ -1,9 +1,9 @@
-// The two products with a run of tokens of one record: scores and weighted sums. 16-bit queries take integer dot products where
-// the level has them and the format suits them, float32 queries floats.
+// The two products with a run of tokens of one record: scores, by floats (lse is held to float32's error), and weighted sums, by
+// integers for 16-bit queries where the level has them and the format suits them.
 #pragma once
 
-#include "cpu/engine/quant_int_scores.h"
 #include "cpu/engine/quant_int_sums.h"
+#include "cpu/engine/quant_scores.h"
 
 namespace kvk::cpu::KVK_LEVEL {
 
@@ -11,16 +11,9 @@ template <class T>
 inline constexpr bool kIntegerDots = kHasWords && sizeof(T) == 2;
 
 // s[r * kBlockKeys + j] = q_r . k_j for `count` tokens of a record from token `offset`.
-template <int kBits, bool kIntegers>
+template <int kBits>
 inline void quant_scores(const Record& record, int offset, int count, const float* q, int ldq, int num_rows, float* s,
                          Prefetcher& ahead) {
-#if defined(__AVX2__)
-  if constexpr (kIntegers) {
-    if (record.part.along_tokens) {
-      return int_scores_along_tokens<kBits>(record, offset, count, q, ldq, num_rows, s, ahead);
-    }
-  }
-#endif
   if (record.part.along_tokens) {
     scores_along_tokens<kBits>(record, offset, count, q, ldq, num_rows, s, ahead);
   } else {

@@ -64,7 +64,12 @@ class QuantCase:
 
 
 def quantized(
-    case: PagedCase, fmt: kvk.QuantFormat | kvk.BitmapFormat, dense_share: float, seed: int = 0
+    case: PagedCase,
+    fmt: kvk.QuantFormat | kvk.BitmapFormat,
+    dense_share: float,
+    seed: int = 0,
+    k_permutation: Tensor | None = None,
+    k_rope: Tensor | None = None,
 ) -> QuantCase:
     """The same call with each page either a record or dense. What may not be read is poisoned.
 
@@ -100,9 +105,13 @@ def quantized(
             whole = pages.isnan().all(-1, keepdim=True) if axis == "token" and pages is case.v_pages else None
             finite = torch.where(pages.isnan(), filler, pages)
             sources.append(finite if whole is None else torch.where(whole, torch.nan, finite))
-        kvk.quantize_pages(*sources, ids, k_pool, v_pool, records, fmt)
+        kvk.quantize_pages(*sources, ids, k_pool, v_pool, records, fmt, k_permutation=k_permutation)
 
     options = dict(case.options)
+    if k_permutation is not None:
+        options["k_permutation"] = k_permutation
+    if k_rope is not None:
+        options["k_rope"] = k_rope
     if dense_share > 0:
         pools = []
         for pages in (case.k_pages, case.v_pages):

@@ -16,6 +16,7 @@ from kvk.pages import DensePages, PackedPages
 from kvk.recipes.kivi import kivi_cache
 from kvk.recipes.mustafar import kept, mustafar_cache
 from kvk.recipes.rotated_int4 import rotated_int4_cache
+from kvk.recipes.rotatekv import calibrate, rotatekv_cache
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,42 @@ def test_mustafar_counts() -> None:
     assert [kept(s, 64) for s in (0.5, 0.7)] == [32, 24]
     with pytest.raises(ValueError, match=r"sparsity must be at least 0 and below 1, got 1\.0"):
         mustafar_cache(1.0)
+
+
+@pytest.mark.parametrize("statistic", ["sum", "max"])
+def test_rotatekv(llama: Any, ids: torch.Tensor, statistic: str) -> None:
+    """Keys stored before their rotary embedding give the same model: 8 bits near exact, 2 bits with sinks."""
+    order = calibrate(llama, ids[:, :64], statistic=statistic)
+    assert [x.shape for x in order] == [(1, 64)] * 2 and not torch.equal(order[0], order[1])
+    assert torch.equal(order[0].sort().values, torch.arange(64, dtype=torch.int32)[None])
+    want = logits(llama, "sdpa", ids)
+    for bits, bound in ((8, 0.02), (4, 0.4), (2, 1.0)):
+        got = chunked(llama, rotatekv_cache(llama, order, bits), ids)
+        assert 1e-5 < (got - want).norm() / want.norm() < bound
+    dense = rotatekv_cache(
+        llama, order, 2, sinks=5
+    )  # nothing is packed: only the embedding is off and on again
+    torch.testing.assert_close(chunked(llama, dense, ids), want, atol=2e-4, rtol=1e-4)
+
+
+def test_rotatekv_with_padding_and_forks(llama: Any, ids: torch.Tensor) -> None:
+    order = calibrate(llama, ids[:, :64], heads=1)
+    assert order[0].shape == (2, 32)
+    mask = torch.ones_like(ids)
+    mask[0, :37] = 0
+    mask[1, 50] = 0
+    padded = chunked(llama, rotatekv_cache(llama, order, 8, heads=1), ids, attention_mask=mask)
+    want = logits(llama, "sdpa", ids[:1, 37:])
+    assert (padded[:1, 37:] - want).norm() < 0.03 * want.norm()
+    cache = rotatekv_cache(llama, order, 4, heads=1)
+    chunked(llama, cache, ids[:1, :120])
+    got = logits(llama, "kvk", ids[:, 120:], past_key_values=cache.fork(2))
+    one = logits(llama, "kvk", ids[:1, 120:], past_key_values=cache)
+    torch.testing.assert_close(one, got[:1], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="made for 20 tokens; give it a larger max_len"):
+        logits(llama, "kvk", ids, past_key_values=rotatekv_cache(llama, order, 4, heads=1, max_len=20))
+    with pytest.raises(ValueError, match="statistic must be 'sum' or 'max', got 'mean'"):
+        calibrate(llama, ids, statistic="mean")
 
 
 def test_left_padding_forks_and_crop(llama: Any, ids: torch.Tensor) -> None:

@@ -67,6 +67,10 @@ void add_pools(Fields& fields, const Args& args) {
   fields.push_back({"fmt", numbers(args.format)});
   fields.push_back(maybe("k_pages", args.k_pages));
   fields.push_back(maybe("v_pages", args.v_pages));
+  if constexpr (requires { args.k_permutation; }) {
+    fields.push_back(maybe("k_permutation", args.k_permutation));
+    fields.push_back(maybe("k_rope", args.k_rope));
+  }
   add_score(fields, args.score);
 }
 
@@ -232,7 +236,8 @@ Fields fields_of(const QuantizePagesArgs& args) {
           {"dst", args.dst},
           {"fmt", numbers(args.format)},
           number("k_clip", args.k_clip, 1.0),
-          number("v_clip", args.v_clip, 1.0)};
+          number("v_clip", args.v_clip, 1.0),
+          maybe("k_permutation", args.k_permutation)};
 }
 
 Fields fields_of(const DequantizePagesArgs& args) {
@@ -241,6 +246,7 @@ Fields fields_of(const DequantizePagesArgs& args) {
           {"ids", args.ids},
           {"fmt", numbers(args.format)},
           {"dtype", std::string(dtype_name(args.k.dtype))},
+          maybe("k_permutation", args.k_permutation),
           {"k", args.k, Role::output},
           {"v", args.v, Role::output}};
 }

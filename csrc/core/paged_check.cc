@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/joint_check.h"
 #include "core/record_check.h"
 #include "core/value_errors.h"
 
@@ -350,6 +351,9 @@ PagedProblem check_record_decode(const ArgChecker& check, const Args& args, Pool
   PagedProblem problem = check_record_attention(check, args, "B", args.q.ndim > 0 ? args.q.shape[0] : 0, pools);
   pools.format = args.format;
   problem.*format = &pools;
+  if constexpr (requires { args.k_permutation; }) {
+    check_restored(check, args.k_permutation, args.k_rope, args.format, problem, pools);
+  }
   return problem;
 }
 
@@ -360,6 +364,9 @@ PagedProblem check_record_prefill(const ArgChecker& check, const Args& args, Poo
   PagedProblem problem = check_record_attention(check, args, "T", num_requests, pools);
   pools.format = args.format;
   problem.*format = &pools;
+  if constexpr (requires { args.k_permutation; }) {
+    check_restored(check, args.k_permutation, args.k_rope, args.format, problem, pools);
+  }
   check_prefill(check, args.qo_indptr, args.causal, problem);
   check_mask(check, args.mask_bits, args.mask_width, problem);
   return problem;

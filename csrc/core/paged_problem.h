@@ -29,8 +29,30 @@ struct RecordPools {
   int64_t num_pages;  // records come first in key_bias, then dense pages
 };
 
+// int32 [groups of heads, channels]: stored channel i of a group's rows is channel(group, i) of the rotated ones.
+struct Permutation {
+  const int32_t* channels = nullptr;  // null: as they are
+  int64_t group_stride = 0, stride = 0;
+
+  int64_t channel(int64_t group, int64_t i) const { return channels[group * group_stride + i * stride]; }
+};
+
+// f32 [positions, dim]: cosines, then sines, of dim / 2 angles.
+struct Rope {
+  const float* values = nullptr;  // null: keys are stored with theirs
+  int64_t stride = 0;
+  int32_t dim = 0;
+};
+
 struct QuantPools : RecordPools {
   QuantFormat format;
+  Permutation permutation;
+  Rope rope;
+
+  // Whether heads cannot be read one by one, in the basis they are stored in.
+  bool restored() const {
+    return format.k.rotate > 1 || format.v.rotate > 1 || permutation.channels != nullptr || rope.values != nullptr;
+  }
 };
 struct BitmapPools : RecordPools {
   BitmapFormat format;
@@ -42,6 +64,7 @@ struct PagedProblem : device::PagedProblem {
   const RecordPools* records = nullptr;  // null: all pages are dense; else one of these, by the format
   const QuantPools* quant = nullptr;
   const BitmapPools* bitmap = nullptr;
+  int32_t joint_heads = 1;       // kv heads that are restored together
   int64_t num_pages = 0;         // of the pool; with records, theirs
   int64_t num_dense_pages = -1;  // beside records; -1: page references carry no tag
   int64_t mask_words = -1;       // of a row of mask_bits; -1: no mask

@@ -1,6 +1,7 @@
 // Checks of the ops that make and read quantized records, and their way to a backend.
 #include "core/backend.h"
 #include "core/describe.h"
+#include "core/joint_check.h"
 #include "core/paged_check.h"
 #include "core/quant_check.h"
 #include "core/run_attention.h"
@@ -61,6 +62,9 @@ void quantize_pages(const QuantizePagesArgs& args, const Context& context) {
   check_ids(check, args.dst, "dst", args.src.shape[0], num_pages);
   check_clip(check, args.k_clip, "k_clip");
   check_clip(check, args.v_clip, "v_clip");
+  refuse_joint_on_a_card(check, format, args.k_permutation.has_value(), false);
+  check_joint_heads(check, format, num_kv_heads);
+  check_permutation(check, args.k_permutation, format, num_kv_heads);
   by_device(
       check.op(), args.k_pages, "k_pages", [&] { cpu::quantize_pages(args, threads_of(context)); },
       [&] { cuda::quantize_pages(args, context); });
@@ -85,6 +89,9 @@ void dequantize_pages(const DequantizePagesArgs& args, const Context& context) {
     check.last_stride_one(*out, out == &args.k ? "k" : "v");
     check.writable(*out, out == &args.k ? "k" : "v");
   }
+  refuse_joint_on_a_card(check, format, args.k_permutation.has_value(), false);
+  check_joint_heads(check, format, num_kv_heads);
+  check_permutation(check, args.k_permutation, format, num_kv_heads);
   by_device(
       check.op(), args.k_pool, "k_pool", [&] { cpu::dequantize_pages(args, threads_of(context)); },
       [&] { cuda::dequantize_pages(args, context); });
@@ -93,6 +100,8 @@ void dequantize_pages(const DequantizePagesArgs& args, const Context& context) {
 void quant_decode(const QuantDecodeArgs& args, const Context& context) {
   const record::Scope recorded("quant_decode", context, [&] { return record::fields_of(args); });
   QuantPools pools = {};
+  refuse_joint_on_a_card(ArgChecker("quant_decode", args.q.device), args.format, args.k_permutation.has_value(),
+                         args.k_rope.has_value());
   const PagedProblem problem = check_quant_decode(args, pools);
   run_attention("quant_decode", problem, args.q, args.table.page_indices, context);
 }
@@ -100,6 +109,8 @@ void quant_decode(const QuantDecodeArgs& args, const Context& context) {
 void quant_prefill(const QuantPrefillArgs& args, const Context& context) {
   const record::Scope recorded("quant_prefill", context, [&] { return record::fields_of(args); });
   QuantPools pools = {};
+  refuse_joint_on_a_card(ArgChecker("quant_prefill", args.q.device), args.format, args.k_permutation.has_value(),
+                         args.k_rope.has_value());
   const PagedProblem problem = check_quant_prefill(args, pools);
   run_attention("quant_prefill", problem, args.q, args.table.page_indices, context);
 }

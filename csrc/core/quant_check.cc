@@ -35,13 +35,13 @@ QuantFormat quant_format(const char* op, const std::vector<int64_t>& numbers) {
     }
     const int64_t axis = numbers[at + 2], rotate = numbers[at + 3];
     if (axis > 1) fail(op, name, "axis must be 0 (channel) or 1 (token), got ", axis);
-    if (rotate > 1) fail(op, name, "rotate must be 0 or 1, got ", rotate);
     const QuantPart result = {static_cast<int32_t>(numbers[at]), static_cast<int32_t>(numbers[at + 1]), axis == 0,
                               static_cast<int32_t>(rotate)};
     check_quant_part(op, name, result, format.page_size, "page_size", dim, dim_name);
-    if (rotate == 1 && hadamard_order(dim) == 0) {
+    if (rotate > 0 && (hadamard_order(rotate * dim) == 0)) {
       fail(op, name, "rotate needs a ", dim_name,
-           " with a Hadamard matrix, m * 2**k with m in {1, 12, 20, 28, 40}, got ", dim);
+           " that gives, times the heads, a Hadamard matrix, m * 2**k with m in {1, 12, 20, 28, 40} and at most ",
+           kMaxHadamard, ", got ", rotate, " times ", dim);
     }
     return result;
   };

@@ -26,5 +26,7 @@ void decompress_block(const SparseBlock& block);
 // The engine over records of bitmaps; attend() and merge_splits() call these.
 void attend_sparse(const PagedProblem& problem, const Plan& plan, Item item, void* scratch, const Partials& partials);
 void merge_sparse_splits(const PagedProblem& problem, const Tile& tile, const Partials& partials);
+void join_rows(const JointBlock& block);
+void split_rows(const JointBlock& block);
 
 }  // namespace kvk::cpu::KVK_LEVEL

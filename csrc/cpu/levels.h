@@ -50,6 +50,8 @@ struct Kernels {
   void (*dequantize_block)(const QuantBlock& block);
   void (*compress_block)(const SparseBlock& block);
   void (*decompress_block)(const SparseBlock& block);
+  void (*join_rows)(const JointBlock& block);
+  void (*split_rows)(const JointBlock& block);
 };
 
 // The level in use; chosen once.

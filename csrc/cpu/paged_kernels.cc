@@ -7,6 +7,7 @@
 
 #include "cpu/engine/attend.h"
 #include "cpu/engine/quant.h"
+#include "cpu/engine/restored.h"
 #include "cpu/kernels.h"
 
 namespace kvk::cpu::KVK_LEVEL {
@@ -26,6 +27,9 @@ template <class F>
 auto with_attention(const PagedProblem& problem, F&& f) {
   return with_dtype(problem.dtype, [&](auto element) {
     using T = decltype(element);
+    if (problem.quant != nullptr && problem.quant->restored()) {
+      return f(std::type_identity<Attention<T, RestoredPages<T>>>());
+    }
     if (problem.quant != nullptr) return f(std::type_identity<Attention<T, QuantPages<T>>>());
     return f(std::type_identity<Attention<T, DensePages<T>>>());
   });

@@ -44,6 +44,7 @@ class Planner {
   // `heads` of them, in memory order: each page of memory is then met once, not
   // once a head. Fewer when that would leave workers idle.
   int32_t heads_per_tile(int32_t heads, int64_t tile_tokens, int64_t split_len) const {
+    if (p_.quant != nullptr && p_.quant->restored()) return p_.joint_heads;
     if (p_.list.per_head() || !heads_side_by_side(split_len == kStreamSplit)) return 1;
     if (p_.quant != nullptr) {
       const int64_t head_bytes = std::max(p_.quant->k_head_stride, p_.quant->v_head_stride) * kBlockKeys /

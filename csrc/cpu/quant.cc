@@ -3,6 +3,7 @@
 
 #include "cpu/backend.h"
 #include "cpu/levels.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/records.h"
 
@@ -69,40 +70,128 @@ QuantBlock run_block(const Tensor& x, const QuantPart& part, const Tensor& codes
 
 }  // namespace
 
+namespace {
+
+// One side, K or V, of quantize_pages or dequantize_pages.
+struct Side {
+  const QuantPart& part;
+  const Tensor& pages;  // dense
+  const Tensor& pool;   // records
+  int64_t dim;
+  float clip;
+  Permutation permutation;
+
+  // Whether the rows of several heads, or of one in another order, go through fp32 rows of their own.
+  bool joint() const { return part.rotate > 1 || permutation.channels != nullptr; }
+};
+
+// Pages of one side: dense page `from` and record `to`, for kv head `head`.
+void quantize_record(const Side& side, int64_t page_size, int64_t from, int64_t to, int64_t head) {
+  uint8_t* record = record_at(side.pool, to, head);
+  QuantBlock block = record_block(side.part, page_size, side.dim, record);
+  block.clip = side.clip;
+  block.dtype = side.pages.dtype;
+  block.x = dense_at(side.pages, from, head);
+  block.token_stride = side.pages.stride[1];
+  if (head + 1 < side.pages.shape[2]) block.ahead = dense_at(side.pages, from, head + 1);
+  kernels().quantize_block(block);
+  clear_padding(side.part, page_size, side.dim, record);
+}
+
+void dequantize_record(const Side& side, int64_t page_size, int64_t from, int64_t to, int64_t head) {
+  QuantBlock block = record_block(side.part, page_size, side.dim, record_at(side.pool, from, head));
+  block.dtype = side.pages.dtype;
+  block.x = dense_at(side.pages, to, head);
+  block.token_stride = side.pages.stride[1];
+  kernels().dequantize_block(block);
+}
+
+// The same for a group of heads, over fp32 rows [page_size][heads * dim].
+JointBlock joint_block(const Side& side, int64_t page_size, int64_t dense_page, int64_t group, float* rows) {
+  const int64_t heads = side.part.joint_heads();
+  return {page_size,
+          side.dim,
+          heads,
+          side.pages.dtype,
+          dense_at(side.pages, dense_page, group * heads),
+          side.pages.stride[1],
+          side.pages.stride[2],
+          side.part.rotate != 0,
+          side.permutation,
+          group,
+          rows};
+}
+
+template <class F>
+void for_each_head(const Side& side, int64_t page_size, int64_t record_page, const JointBlock& joint, const F& f) {
+  for (int64_t h = 0; h < joint.heads; ++h) {
+    uint8_t* record = record_at(side.pool, record_page, joint.group * joint.heads + h);
+    QuantBlock block = record_block(side.part, page_size, side.dim, record);
+    block.part.rotate = 0;
+    block.clip = side.clip;
+    block.dtype = DType::f32;
+    block.x = joint.rows + h * side.dim;
+    block.token_stride = joint.heads * side.dim;
+    f(block, record);
+  }
+}
+
+void quantize_group(const Side& side, int64_t page_size, int64_t from, int64_t to, int64_t group) {
+  const Buffer rows = allocate(page_size * side.part.joint_heads() * side.dim * int64_t{sizeof(float)});
+  const JointBlock joint = joint_block(side, page_size, from, group, reinterpret_cast<float*>(rows.get()));
+  kernels().join_rows(joint);
+  for_each_head(side, page_size, to, joint, [&](const QuantBlock& block, uint8_t* record) {
+    kernels().quantize_block(block);
+    clear_padding(side.part, page_size, side.dim, record);
+  });
+}
+
+void dequantize_group(const Side& side, int64_t page_size, int64_t from, int64_t to, int64_t group) {
+  const Buffer rows = allocate(page_size * side.part.joint_heads() * side.dim * int64_t{sizeof(float)});
+  const JointBlock joint = joint_block(side, page_size, to, group, reinterpret_cast<float*>(rows.get()));
+  for_each_head(side, page_size, from, joint,
+                [&](const QuantBlock& block, uint8_t*) { kernels().dequantize_block(block); });
+  kernels().split_rows(joint);
+}
+
+Permutation permutation_of(const std::optional<Tensor>& t) {
+  if (!t) return {};
+  return {t->ptr<const int32_t>(), t->stride[0], t->stride[1]};
+}
+
+}  // namespace
+
 void quantize_pages(const QuantizePagesArgs& args, Threads& threads) {
   const QuantFormat& format = args.format;
   const int64_t num_heads = args.k_pages.shape[2];
+  const Side k = {format.k,
+                  args.k_pages,
+                  args.k_pool,
+                  format.head_dim,
+                  static_cast<float>(args.k_clip),
+                  permutation_of(args.k_permutation)};
+  const Side v = {format.v, args.v_pages, args.v_pool, format.head_dim_v, static_cast<float>(args.v_clip), {}};
   for_each_record(threads, args.src.shape[0], num_heads, [&](int64_t i, int64_t head, bool is_v) {
-    const Tensor& pages = is_v ? args.v_pages : args.k_pages;
-    const QuantPart& part = is_v ? format.v : format.k;
-    const int64_t dim = is_v ? format.head_dim_v : format.head_dim;
+    const Side& side = is_v ? v : k;
     const int64_t from = id_at(args.src, i);
     const int64_t to = id_at(args.dst, i);
-    uint8_t* record = record_at(is_v ? args.v_pool : args.k_pool, to, head);
-    QuantBlock block = record_block(part, format.page_size, dim, record);
-    block.clip = static_cast<float>(is_v ? args.v_clip : args.k_clip);
-    block.dtype = pages.dtype;
-    block.x = dense_at(pages, from, head);
-    block.token_stride = pages.stride[1];
-    if (head + 1 < num_heads) block.ahead = dense_at(pages, from, head + 1);
-    kernels().quantize_block(block);
-    clear_padding(part, format.page_size, dim, record);
+    if (!side.joint()) return quantize_record(side, format.page_size, from, to, head);
+    const int64_t heads = side.part.joint_heads();
+    if (head % heads == 0) quantize_group(side, format.page_size, from, to, head / heads);
   });
 }
 
 void dequantize_pages(const DequantizePagesArgs& args, Threads& threads) {
   const QuantFormat& format = args.format;
   const int64_t num_heads = args.k_pool.shape[1];
+  const Side k = {format.k, args.k, args.k_pool, format.head_dim, 1.0f, permutation_of(args.k_permutation)};
+  const Side v = {format.v, args.v, args.v_pool, format.head_dim_v, 1.0f, {}};
   for_each_record(threads, args.ids.shape[0], num_heads, [&](int64_t i, int64_t head, bool is_v) {
-    const Tensor& out = is_v ? args.v : args.k;
+    const Side& side = is_v ? v : k;
     const int64_t page = id_at(args.ids, i);
-    QuantBlock block =
-        record_block(is_v ? format.v : format.k, format.page_size, is_v ? format.head_dim_v : format.head_dim,
-                     record_at(is_v ? args.v_pool : args.k_pool, page, head));
-    block.dtype = out.dtype;
-    block.x = dense_at(out, i, head);
-    block.token_stride = out.stride[1];
-    kernels().dequantize_block(block);
+    if (!side.joint()) return dequantize_record(side, format.page_size, page, i, head);
+    const int64_t heads = side.part.joint_heads();
+    if (head % heads == 0) dequantize_group(side, format.page_size, page, i, head / heads);
   });
 }
 

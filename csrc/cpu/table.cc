@@ -23,4 +23,6 @@ extern "C" const kvk::cpu::Kernels KVK_CONCAT(kvk_cpu_kernels_, KVK_LEVEL) = {
     kvk::cpu::KVK_LEVEL::dequantize_block,
     kvk::cpu::KVK_LEVEL::compress_block,
     kvk::cpu::KVK_LEVEL::decompress_block,
+    kvk::cpu::KVK_LEVEL::join_rows,
+    kvk::cpu::KVK_LEVEL::split_rows,
 };

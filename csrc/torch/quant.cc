@@ -10,6 +10,7 @@
 
 #include "core/check.h"
 #include "torch/adapter.h"
+#include "torch/score_options.h"
 
 namespace kvk::torch_face {
 namespace {
@@ -18,14 +19,15 @@ using torch::headeronly::ScalarType;
 using Numbers = std::vector<int64_t>;
 
 void quantize_pages_op(TorchTensor k_pages, TorchTensor v_pages, TorchTensor src, TorchTensor k_pool,
-                       TorchTensor v_pool, TorchTensor dst, Numbers fmt, double k_clip, double v_clip) {
+                       TorchTensor v_pool, TorchTensor dst, Numbers fmt, double k_clip, double v_clip,
+                       MaybeTensor k_permutation) {
   quantize_pages({view(k_pages), view(v_pages), view(src), view(k_pool), view(v_pool), view(dst),
-                  quant_format("quantize_pages", fmt), k_clip, v_clip},
+                  quant_format("quantize_pages", fmt), k_clip, v_clip, view(k_permutation)},
                  TorchContext(k_pages));
 }
 
 std::tuple<TorchTensor, TorchTensor> dequantize_pages_op(TorchTensor k_pool, TorchTensor v_pool, TorchTensor ids,
-                                                         Numbers fmt, ScalarType dtype) {
+                                                         Numbers fmt, ScalarType dtype, MaybeTensor k_permutation) {
   const QuantFormat format = quant_format("dequantize_pages", fmt);
   if (k_pool.dim() != 3) {
     fail("dequantize_pages", "k_pool must have shape [N, Hkv, record_bytes], got ", shape_string(view(k_pool)));
@@ -34,7 +36,8 @@ std::tuple<TorchTensor, TorchTensor> dequantize_pages_op(TorchTensor k_pool, Tor
   const int64_t n = ids.size(0), heads = k_pool.size(1);
   TorchTensor k = new_tensor(k_pool, {n, format.page_size, heads, format.head_dim}, dtype);
   TorchTensor v = new_tensor(k_pool, {n, format.page_size, heads, format.head_dim_v}, dtype);
-  dequantize_pages({view(k_pool), view(v_pool), view(ids), format, view(k), view(v)}, TorchContext(k_pool));
+  dequantize_pages({view(k_pool), view(v_pool), view(ids), format, view(k), view(v), view(k_permutation)},
+                   TorchContext(k_pool));
   return {k, v};
 }
 
@@ -99,9 +102,10 @@ Numbers quant_layout_op(Numbers fmt) {
 KVK_LIBRARY_FRAGMENT(KVK_NAMESPACE, m) {
   m.def(
       "quantize_pages(Tensor k_pages, Tensor v_pages, Tensor src, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor dst, "
-      "int[] fmt, *, float k_clip=1.0, float v_clip=1.0) -> ()");
+      "int[] fmt, *, float k_clip=1.0, float v_clip=1.0, Tensor? k_permutation=None) -> ()");
   m.def(
-      "dequantize_pages(Tensor k_pool, Tensor v_pool, Tensor ids, int[] fmt, ScalarType dtype) -> (Tensor k, Tensor v)");
+      "dequantize_pages(Tensor k_pool, Tensor v_pool, Tensor ids, int[] fmt, ScalarType dtype, *, "
+      "Tensor? k_permutation=None) -> (Tensor k, Tensor v)");
   m.def(
       "quantize(Tensor x, int bits, int group, int axis=-1, *, float clip=1.0) -> (Tensor codes, Tensor scale, Tensor min)");
   m.def(

@@ -40,6 +40,9 @@ struct QuantizePagesArgs {
   Tensor dst;      // int32 [n]: the records' pages, all different
   QuantFormat format;
   double k_clip = 1.0, v_clip = 1.0;  // (0, 1]: smallest and largest element of a group are multiplied by it first
+  std::optional<Tensor> k_permutation =
+      {};  // int32 [Hkv / m, m * D], m the heads of format.k.rotate: stored channel i of
+           // a group of heads is channel k_permutation[group][i] of their rotated row
 };
 
 struct DequantizePagesArgs {
@@ -47,8 +50,9 @@ struct DequantizePagesArgs {
   Tensor v_pool;  // u8 [N, Hkv, v record bytes]
   Tensor ids;     // int32 [n]
   QuantFormat format;
-  Tensor k;  // [n, P, Hkv, D], f32 | bf16 | f16, last stride 1, written
-  Tensor v;  // [n, P, Hkv, Dv], k's dtype, written
+  Tensor k;                                  // [n, P, Hkv, D], f32 | bf16 | f16, last stride 1, written
+  Tensor v;                                  // [n, P, Hkv, Dv], k's dtype, written
+  std::optional<Tensor> k_permutation = {};  // as in QuantizePagesArgs
 };
 
 // The same numbers for any tensor, without pages: T rows of n elements, groups along rows (channel) or within them (token).
@@ -78,8 +82,12 @@ struct QuantDecodeArgs {
   PageTable table;
   ScoreOptions score;
   QuantFormat format;
-  Tensor out;  // [B, Hq, Dv], q's dtype, written
-  Tensor lse;  // f32 [B, Hq], natural log, written
+  Tensor out;                                // [B, Hq, Dv], q's dtype, written
+  Tensor lse;                                // f32 [B, Hq], natural log, written
+  std::optional<Tensor> k_permutation = {};  // as in QuantizePagesArgs
+  std::optional<Tensor> k_rope =
+      {};  // f32 [max_len, R]: cosines, then sines, of R / 2 angles for each position; keys of
+           // records and of dense pages are stored before their rotary embedding (half style)
 };
 
 struct QuantPrefillArgs {
@@ -93,8 +101,9 @@ struct QuantPrefillArgs {
   bool causal = true;
   std::optional<Tensor> mask_bits;  // as in PagedPrefillArgs
   int64_t mask_width = -1;
-  Tensor out;  // [T, Hq, Dv], written
-  Tensor lse;  // f32 [T, Hq], written
+  Tensor out;                                             // [T, Hq, Dv], written
+  Tensor lse;                                             // f32 [T, Hq], written
+  std::optional<Tensor> k_permutation = {}, k_rope = {};  // as in QuantDecodeArgs
 };
 
 KVK_API void quantize_pages(const QuantizePagesArgs& args, const Context& context = {});

@@ -169,8 +169,13 @@ class PagedCache:
         head_dim_v: int | None = None,
         dtype: torch.dtype = torch.float32,
         fmt: QuantFormat | BitmapFormat | None = None,
+        **options: torch.Tensor | None,
     ) -> int:
-        """One more layer, of dense pages or of a format; returns its index. Layers may differ in all of these."""
+        """One more layer, of dense pages or of a format; returns its index. Layers may differ in all of these.
+
+        options: k_permutation and k_rope of the quantized ops, where the format's layer wants them. With k_rope, keys
+        are appended before their rotary embedding; a request's first token is at position 0.
+        """
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         pages: DensePages | PackedPages
         if fmt is None:
@@ -194,7 +199,7 @@ class PagedCache:
                 )
             if self._residency is None:
                 raise ValueError("kvk.PagedCache: a cache whose layers come with a format needs residual")
-            pages = PackedPages(num_kv_heads, fmt, dtype=dtype, device=self.device)
+            pages = PackedPages(num_kv_heads, fmt, dtype=dtype, device=self.device, **options)
             pages.dense.resize(self._num_slots)
             pages.resize(self._num_records)
         self.layers.append(pages)

@@ -140,7 +140,8 @@ class PackedPages:
     """K and V of one layer: full pages as records of a format, young ones dense.
 
     `k_pool`, `v_pool` uint8 [num_records, num_kv_heads, record bytes]; `dense` the pages that are not packed. Page
-    references are those of `kvk.quant_decode`: a record, or 1 << 28 | a dense page.
+    references are those of `kvk.quant_decode`: a record, or 1 << 28 | a dense page. `k_permutation` and `k_rope` are
+    options of the quantized ops; with k_rope the keys that come are those before their rotary embedding.
     """
 
     def __init__(
@@ -150,8 +151,14 @@ class PackedPages:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        k_permutation: torch.Tensor | None = None,
+        k_rope: torch.Tensor | None = None,
     ) -> None:
         self.fmt, self._ops = fmt, PAGE_OPS[type(fmt)]
+        self._pack_options = {} if k_permutation is None else {"k_permutation": k_permutation}
+        self._read_options = (
+            self._pack_options if k_rope is None else {**self._pack_options, "k_rope": k_rope}
+        )
         self.dense = DensePages(
             num_kv_heads,
             fmt.head_dim,
@@ -194,12 +201,19 @@ class PackedPages:
     def pack(self, slots: torch.Tensor, records: torch.Tensor) -> None:
         """Make records of dense pages; int32 [n] each."""
         self._ops.pack(
-            self.dense.k_pages, self.dense.v_pages, slots, self.k_pool, self.v_pool, records, self.fmt
+            self.dense.k_pages,
+            self.dense.v_pages,
+            slots,
+            self.k_pool,
+            self.v_pool,
+            records,
+            self.fmt,
+            **self._pack_options,
         )
 
     def unpack(self, records: torch.Tensor, slots: torch.Tensor) -> None:
         """Write records back to dense pages; int32 [n] each."""
-        k, v = self._ops.unpack(self.k_pool, self.v_pool, records, self.fmt, self.dtype)
+        k, v = self._ops.unpack(self.k_pool, self.v_pool, records, self.fmt, self.dtype, **self._pack_options)
         self.dense.k_pages[slots.long()] = k
         self.dense.v_pages[slots.long()] = v
 
@@ -224,6 +238,7 @@ class PackedPages:
             self.fmt,
             k_pages=self.dense.k_pages,
             v_pages=self.dense.v_pages,
+            **self._read_options,
             **options,
         )
 
@@ -246,5 +261,6 @@ class PackedPages:
             self.fmt,
             k_pages=self.dense.k_pages,
             v_pages=self.dense.v_pages,
+            **self._read_options,
             **options,
         )

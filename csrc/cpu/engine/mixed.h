@@ -20,6 +20,28 @@ struct Piece {
   bool dense;
 };
 
+// Where the runs of a block lie.
+template <class T>
+inline void locate_pieces(const PagedProblem& p, const KeyBlock& block, Piece* pieces) {
+  const RecordPools& pools = *p.records;
+  for (int i = 0; i < block.num_runs; ++i) {
+    const Run& run = block.runs[i];
+    const PageReference page(run.page);
+    Piece& piece = pieces[i];
+    piece.offset = run.offset;
+    piece.begin = run.begin;
+    piece.count = run.count;
+    piece.dense = page.tag != 0;
+    if (piece.dense) {
+      piece.k = static_cast<const T*>(p.k.data) + page.page * p.k.page_stride + run.offset * p.k.token_stride;
+      piece.v = static_cast<const T*>(p.v.data) + page.page * p.v.page_stride + run.offset * p.v.token_stride;
+    } else {
+      piece.k = pools.k + page.page * pools.k_page_stride;
+      piece.v = pools.v + page.page * pools.v_page_stride;
+    }
+  }
+}
+
 // Records has, for pieces that are not dense:
 //   unpack_k(piece, head, to, ld), unpack_v(...)  their rows as floats, rotated where the format rotates
 //   finite_record_v(piece, head)
@@ -39,22 +61,7 @@ class MixedPages {
   void locate(const KeyBlock& block, Rows& rows) const {
     rows.count = block.count;
     rows.num_pieces = block.num_runs;
-    for (int i = 0; i < block.num_runs; ++i) {
-      const Run& run = block.runs[i];
-      const PageReference page(run.page);
-      Piece& piece = rows.pieces[i];
-      piece.offset = run.offset;
-      piece.begin = run.begin;
-      piece.count = run.count;
-      piece.dense = page.tag != 0;
-      if (piece.dense) {
-        piece.k = static_cast<const T*>(p_.k.data) + page.page * p_.k.page_stride + run.offset * p_.k.token_stride;
-        piece.v = static_cast<const T*>(p_.v.data) + page.page * p_.v.page_stride + run.offset * p_.v.token_stride;
-      } else {
-        piece.k = pools_.k + page.page * pools_.k_page_stride;
-        piece.v = pools_.v + page.page * pools_.v_page_stride;
-      }
-    }
+    locate_pieces<T>(p_, block, rows.pieces);
   }
 
   bool finite_v(const Rows& rows, int head) const {

@@ -11,7 +11,9 @@ struct QuantPart {
   int32_t bits;       // 2, 3, 4 or 8
   int32_t group;      // elements that share a scale
   bool along_tokens;  // groups run along tokens (axis "channel"); else along channels (axis "token")
-  int32_t rotate;     // 1: rows are stored after an orthonormal Hadamard transform of the head dim; 0: as they are
+  int32_t rotate;     // kv heads whose rows are stored after one orthonormal Hadamard transform; 0: as they are
+
+  KVK_HOST_DEVICE constexpr int32_t joint_heads() const { return rotate > 1 ? rotate : 1; }
 };
 
 // Offsets into a record, in bytes. Its parts follow each other, each padded with zeros to a multiple of 16:

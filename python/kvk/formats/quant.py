@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # kvk.array has this file without torch
 BITS = (2, 3, 4, 8)
 AXES = ("channel", "token")
 MAX_PAGE_SIZE = 65536
+MAX_HADAMARD = 32768
 
 
 def _round_up(x: int) -> int:
@@ -48,8 +49,9 @@ class QuantFormat:
         head_dim_v: channels of a value, default head_dim.
         k_clip, v_clip: over 0 and at most 1; the smallest and the largest element of a group are multiplied by it, and
             what lies beyond saturates (RotateKV: 0.8 at 2 bit). Only quantizing uses it.
-        k_rotate, v_rotate: 1 stores rows after an orthonormal Hadamard transform of the head dim, 0 as they are.
-            Attention rotates q and rotates the output back.
+        k_rotate, v_rotate: kv heads whose rows are stored after one orthonormal Hadamard transform; 0: rows as they
+            are. With 1 attention rotates q and rotates the output back; with m > 1 (RotateKV: 4) it restores the rows
+            of m consecutive heads together, whose number divides that of the kv heads. CPU only where over 1.
 
     Raises:
         ValueError: a parameter is out of its range, or does not fit the others.
@@ -97,11 +99,16 @@ class QuantFormat:
             )
         if not 0.0 < clip <= 1.0:
             raise ValueError(f"{part}_clip must be over 0 and at most 1, got {clip}")
-        if rotate not in (0, 1):
-            raise ValueError(f"{part}_rotate must be 0 or 1, got {rotate}")
-        if rotate and not any(dim % m == 0 and (dim // m).bit_count() == 1 for m in (1, 12, 20, 28, 40)):
+        if rotate < 0:
+            raise ValueError(f"{part}_rotate must not be negative, got {rotate}")
+        n = rotate * dim
+        fits = n <= MAX_HADAMARD and any(
+            n % m == 0 and (n // m).bit_count() == 1 for m in (1, 12, 20, 28, 40)
+        )
+        if rotate and not fits:
             raise ValueError(
-                f"{part}_rotate needs a {dim_name} of m * 2**k with m in {{1, 12, 20, 28, 40}}, got {dim}"
+                f"{part}_rotate needs a {dim_name} that gives, times the heads, m * 2**k with m in "
+                f"{{1, 12, 20, 28, 40}} and at most {MAX_HADAMARD}, got {rotate} times {dim}"
             )
 
     def _layout(self, dim: int, bits: int, group: int) -> QuantLayout:

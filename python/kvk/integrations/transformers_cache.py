@@ -210,12 +210,28 @@ class KvkCache(Cache):
         if layer.index is None:
             dim_v = value.shape[-1]
             fmt = self._new_format and self._new_format(self.layers.index(layer), head_dim, dim_v)
-            layer.index = self.pool.add_layer(heads, head_dim, head_dim_v=dim_v, dtype=dtype, fmt=fmt or None)
+            options = self._layer_options(self.layers.index(layer)) if fmt else {}
+            layer.index = self.pool.add_layer(
+                heads, head_dim, head_dim_v=dim_v, dtype=dtype, fmt=fmt or None, **options
+            )
             layer.is_initialized = True
         k, v = (x.transpose(1, 2).reshape(batch * columns, heads, -1).to(dtype) for x in (key, value))
         self.pool.append(layer.index, k, v, under_way.padded)
         layer.columns = self._columns
         return under_way
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What this cache was made with."""
+        return {"dtype": self.dtype, "new_format": self._new_format, **self._pool_options}
+
+    def _twin(self) -> KvkCache:
+        """An empty cache made as this one was."""
+        return KvkCache(**self._options)
+
+    def _layer_options(self, layer: int) -> dict[str, torch.Tensor | None]:
+        """Options of `PagedCache.add_layer` for a layer with a format."""
+        return {}
 
     def _begin(self, batch: int, columns: int, mask: KvkMask) -> _Pass:
         assert self.pool is not None
@@ -308,7 +324,7 @@ class KvkCache(Cache):
         Both may grow, and either may end first. Starting many batches from one prefilled prefix is
         `prefix_cache.fork(batch_size)` each time.
         """
-        other = KvkCache(dtype=self.dtype, new_format=self._new_format, **self._pool_options)
+        other = self._twin()
         if self.pool is not None:
             other._adopt(self.pool)
             for row in self._rows:

@@ -5,6 +5,8 @@ Shapes: N pages of P tokens, Hkv kv heads, D / Dv head dims of K / V.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ def quantize_pages(
     v_pool: Tensor,
     dst: Tensor,
     fmt: QuantFormat,
+    *,
+    k_permutation: Tensor | None = None,
 ) -> None:
     """Quantizes whole dense pages into records, in place.
 
@@ -36,17 +40,35 @@ def quantize_pages(
             records on multiples of 16 bytes.
         dst: int32 [n], the page of the pools that each goes to; all different.
         fmt: what the records hold.
+        k_permutation: int32 [Hkv / m, m * D], m the heads that fmt rotates K over (1 where it does not): channel i of
+            a group's keys, as they are quantized, is channel k_permutation[group, i] of the rotated ones (RotateKV's
+            reordering, so that channels of like size share a scale). CPU only.
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; nothing has been written.
     """
     _ops.quantize_pages(
-        k_pages, v_pages, src, k_pool, v_pool, dst, fmt.numbers, k_clip=fmt.k_clip, v_clip=fmt.v_clip
+        k_pages,
+        v_pages,
+        src,
+        k_pool,
+        v_pool,
+        dst,
+        fmt.numbers,
+        k_clip=fmt.k_clip,
+        v_clip=fmt.v_clip,
+        k_permutation=k_permutation,
     )
 
 
 def dequantize_pages(
-    k_pool: Tensor, v_pool: Tensor, ids: Tensor, fmt: QuantFormat, dtype: torch.dtype
+    k_pool: Tensor,
+    v_pool: Tensor,
+    ids: Tensor,
+    fmt: QuantFormat,
+    dtype: torch.dtype,
+    *,
+    k_permutation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reads records back into dense pages: ``x = code * scale + min`` in float32, rotated back if the format rotates.
 
@@ -57,6 +79,7 @@ def dequantize_pages(
         ids: int32 [n], pages of the pools.
         fmt: what the records hold.
         dtype: float32, bfloat16 or float16, which saturates at its largest number.
+        k_permutation: as quantize_pages had it.
 
     Returns:
         k [n, P, Hkv, D] and v [n, P, Hkv, Dv].
@@ -64,7 +87,7 @@ def dequantize_pages(
     Raises:
         RuntimeError: as quantize_pages.
     """
-    return _ops.dequantize_pages(k_pool, v_pool, ids, fmt.numbers, dtype)
+    return _ops.dequantize_pages(k_pool, v_pool, ids, fmt.numbers, dtype, k_permutation=k_permutation)
 
 
 def quantize(
@@ -114,11 +137,11 @@ def dequantize(
     return _ops.dequantize(codes, scale, min, bits, group, axis, dtype=dtype)
 
 
-def _check_devices(op: str, first: str, **tensors: Tensor) -> None:
+def _check_devices(op: str, first: str, **tensors: Any) -> None:
     """One meta tensor among real ones routes the call here, past the kernels' own checks."""
     device = tensors[first].device
     for name, tensor in tensors.items():
-        if tensor.device != device:
+        if tensor is not None and tensor.device != device:
             raise RuntimeError(f"kvk::{op}: {name} must be on {device} like {first}, got {tensor.device}")
 
 
@@ -126,14 +149,16 @@ _format_of = QuantFormat.from_numbers
 
 
 @torch.library.register_fake("kvk::quantize_pages")
-def _(k_pages, v_pages, src, k_pool, v_pool, dst, fmt, *, k_clip=1.0, v_clip=1.0):
+def _(k_pages, v_pages, src, k_pool, v_pool, dst, fmt, *, k_clip=1.0, v_clip=1.0, k_permutation=None):
     _check_devices("quantize_pages", "k_pages", k_pages=k_pages, v_pages=v_pages, src=src, k_pool=k_pool,
-                   v_pool=v_pool, dst=dst)  # fmt: skip
+                   v_pool=v_pool, dst=dst, k_permutation=k_permutation)  # fmt: skip
 
 
 @torch.library.register_fake("kvk::dequantize_pages")
-def _(k_pool, v_pool, ids, fmt, dtype):
-    _check_devices("dequantize_pages", "k_pool", k_pool=k_pool, v_pool=v_pool, ids=ids)
+def _(k_pool, v_pool, ids, fmt, dtype, *, k_permutation=None):
+    _check_devices(
+        "dequantize_pages", "k_pool", k_pool=k_pool, v_pool=v_pool, ids=ids, k_permutation=k_permutation
+    )
     form = _format_of(fmt)
     shape = (ids.shape[0], form.page_size, k_pool.shape[1])
     return (

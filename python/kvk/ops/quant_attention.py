@@ -25,6 +25,8 @@ def quant_decode(
     k_pages: Tensor | None = None,
     v_pages: Tensor | None = None,
     page_indptr: Tensor | None = None,
+    k_permutation: Tensor | None = None,
+    k_rope: Tensor | None = None,
     softmax_scale: float | None = None,
     window_left: int = -1,
     logits_soft_cap: float = 0.0,
@@ -50,6 +52,10 @@ def quant_decode(
         fmt: what the records hold.
         k_pages, v_pages: [M, P, Hkv, D] and [M, P, Hkv, Dv], q's dtype, any strides with the last one 1; both or none.
         key_bias: float32 [N + M, P] or [N + M, P, Hkv]: the records' pages first, then the dense ones.
+        k_permutation: int32 [Hkv / m, m * D], as :func:`quantize_pages` had it. CPU only.
+        k_rope: float32 [max_len, R], R even and at most D: cosines, then sines, of R / 2 angles for each position.
+            Keys, those of dense pages too, are then stored before their rotary embedding, and channels j and j + R / 2
+            turn here by angle j of the key's position in its request's list. q comes with its own. CPU only.
         page_indptr, softmax_scale, window_left, logits_soft_cap, alibi_slopes, sinks, out, lse: as in
             :func:`paged_decode`.
 
@@ -63,6 +69,8 @@ def quant_decode(
         k_pages=k_pages,
         v_pages=v_pages,
         page_indptr=page_indptr,
+        k_permutation=k_permutation,
+        k_rope=k_rope,
         softmax_scale=softmax_scale,
         window_left=window_left,
         logits_soft_cap=logits_soft_cap,
@@ -90,6 +98,8 @@ def quant_prefill(
     k_pages: Tensor | None = None,
     v_pages: Tensor | None = None,
     page_indptr: Tensor | None = None,
+    k_permutation: Tensor | None = None,
+    k_rope: Tensor | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     window_left: int = -1,
@@ -118,6 +128,8 @@ def quant_prefill(
         k_pages=k_pages,
         v_pages=v_pages,
         page_indptr=page_indptr,
+        k_permutation=k_permutation,
+        k_rope=k_rope,
         causal=causal,
         softmax_scale=softmax_scale,
         window_left=window_left,

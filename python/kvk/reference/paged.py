@@ -49,6 +49,17 @@ def unpack_mask_bits(mask_bits: Tensor, width: int) -> Tensor:
     return (mask_bits[:, bit // 32] >> (bit % 32)) & 1 == 1
 
 
+def add_positions(k: Tensor, rope: Tensor) -> Tensor:
+    """Rotary embedding of keys [L, D] at positions 0 to L - 1, half style.
+
+    Row p of rope [>= L, R] holds the cosines, then the sines, of R / 2 angles; channels j, j + R / 2 turn by angle j.
+    """
+    half = rope.shape[1] // 2
+    cosine, sine = rope[: len(k)].to(k.dtype).split(half, 1)
+    a, b, rest = k[:, :half], k[:, half : 2 * half], k[:, 2 * half :]
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine, rest], 1)
+
+
 def _visible(
     num_queries: int,
     num_keys: int,
@@ -146,6 +157,7 @@ def paged_prefill(
     key_bias: Tensor | None = None,
     mask_bits: Tensor | None = None,
     mask_width: int = -1,
+    k_rope: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed query tokens over the paged keys of their requests; see kvk.paged_prefill.
@@ -159,6 +171,7 @@ def paged_prefill(
         alibi_slopes, sinks: float32 [Hq]. key_bias: float32 [N, P] or [N, P, Hkv].
         mask_bits: int32 [T, words], over the last mask_width keys of a request (-1: over as many as it has
             queries).
+        k_rope: of the quantized ops; see add_positions.
         compute_dtype: dtype of the result. float64 or float32: everything is computed in it. Below that, the
             inputs, the softmax probabilities and the result are rounded to it, and the scores and sums are
             float32.
@@ -196,12 +209,13 @@ def paged_prefill(
                 None if mask_bits is None else mask_bits[rows],
                 mask_width,
             )
+            keys = k_pages[page, offset, kv_head]
             bias = None
             if key_bias is not None:
                 bias = key_bias[page, offset] if key_bias.dim() == 2 else key_bias[page, offset, kv_head]
             out[rows, heads], lse[rows, heads] = _attend(
                 q[rows, heads],
-                k_pages[page, offset, kv_head],
+                keys if k_rope is None else add_positions(keys, k_rope),
                 v_pages[page, offset, kv_head],
                 visible,
                 distance,
@@ -229,6 +243,7 @@ def paged_decode(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     key_bias: Tensor | None = None,
+    k_rope: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one new token a request, q [B, Hq, D]: the prefill of one token, standing last."""
@@ -246,6 +261,7 @@ def paged_decode(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         key_bias=key_bias,
+        k_rope=k_rope,
         compute_dtype=compute_dtype,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -118,9 +120,30 @@ def _ordered_sums(chunks: Tensor, signs: Tensor) -> Tensor:
     return out
 
 
-def _record(rows: Tensor, bits: int, group: int, axis: str, clip: float, rotated: int, size: int) -> Tensor:
+def stored_rows(x: Tensor, rotated: int, permutation: Tensor | None = None) -> Tensor:
+    """Rows as they are quantized, from float [..., Hkv, P, D]: rotated over `rotated` heads, channels reordered."""
+    joint = max(rotated, 1)
+    rows = x.unflatten(-3, (-1, joint)).transpose(-3, -2).flatten(-2)  # [..., Hkv / m, P, m * D]
+    rows = rotate(rows) if rotated else rows
+    if permutation is not None:
+        rows = rows.gather(-1, permutation.long()[:, None, :].expand_as(rows))
+    return rows.unflatten(-1, (joint, -1)).transpose(-3, -2).flatten(-4, -3)
+
+
+def restored_rows(
+    x: Tensor, rotated: int, permutation: Tensor | None, transform: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What stored_rows was given, from what it gave; `transform` is the transposed rotation."""
+    joint = max(rotated, 1)
+    rows = x.unflatten(-3, (-1, joint)).transpose(-3, -2).flatten(-2)
+    if permutation is not None:
+        rows = torch.zeros_like(rows).scatter(-1, permutation.long()[:, None, :].expand_as(rows), rows)
+    rows = transform(rows) if rotated else rows
+    return rows.unflatten(-1, (joint, -1)).transpose(-3, -2).flatten(-4, -3)
+
+
+def _record(x: Tensor, bits: int, group: int, axis: str, clip: float, size: int) -> Tensor:
     """[..., P, D] -> uint8 [..., record_bytes]."""
-    x = rotate(rows) if rotated else rows
     parts = quantize(x, bits, group, -2 if axis == "channel" else -1, clip=clip)
     padded = []
     for part in parts:
@@ -139,15 +162,14 @@ def quantize_pages(
     v_pool: Tensor,
     dst: Tensor,
     fmt: QuantFormat,
+    *,
+    k_permutation: Tensor | None = None,
 ) -> None:
     """Records of the dense pages src, written to the pools' pages dst; see kvk.quantize_pages."""
-    k, v = (pages[src.long()].transpose(1, 2) for pages in (k_pages, v_pages))
-    k_pool[dst.long()] = _record(
-        k, fmt.k_bits, fmt.k_group, fmt.k_axis, fmt.k_clip, fmt.k_rotate, fmt.k_record_bytes
-    )
-    v_pool[dst.long()] = _record(
-        v, fmt.v_bits, fmt.v_group, fmt.v_axis, fmt.v_clip, fmt.v_rotate, fmt.v_record_bytes
-    )
+    k, v = (pages[src.long()].transpose(1, 2).float() for pages in (k_pages, v_pages))
+    k, v = stored_rows(k, fmt.k_rotate, k_permutation), stored_rows(v, fmt.v_rotate)
+    k_pool[dst.long()] = _record(k, fmt.k_bits, fmt.k_group, fmt.k_axis, fmt.k_clip, fmt.k_record_bytes)
+    v_pool[dst.long()] = _record(v, fmt.v_bits, fmt.v_group, fmt.v_axis, fmt.v_clip, fmt.v_record_bytes)
 
 
 def read_records(pool: Tensor, ids: Tensor, fmt: QuantFormat, which: str) -> Tensor:
@@ -168,10 +190,19 @@ def read_records(pool: Tensor, ids: Tensor, fmt: QuantFormat, which: str) -> Ten
 
 
 def dequantize_pages(
-    k_pool: Tensor, v_pool: Tensor, ids: Tensor, fmt: QuantFormat, dtype: torch.dtype
+    k_pool: Tensor,
+    v_pool: Tensor,
+    ids: Tensor,
+    fmt: QuantFormat,
+    dtype: torch.dtype,
+    *,
+    k_permutation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(k [n, P, Hkv, D], v [n, P, Hkv, Dv]); see kvk.dequantize_pages."""
-    k, v = read_records(k_pool, ids, fmt, "k"), read_records(v_pool, ids, fmt, "v")
-    k = rotate(k, transpose=True) if fmt.k_rotate else k
-    v = rotate(v, transpose=True) if fmt.v_rotate else v
-    return _rounded(k, dtype).contiguous(), _rounded(v, dtype).contiguous()
+
+    def back(pool: Tensor, which: str, rotated: int, permutation: Tensor | None) -> Tensor:
+        stored = read_records(pool, ids, fmt, which).transpose(1, 2)
+        rows = restored_rows(stored, rotated, permutation, lambda x: rotate(x, transpose=True))
+        return _rounded(rows.transpose(1, 2), dtype).contiguous()
+
+    return back(k_pool, "k", fmt.k_rotate, k_permutation), back(v_pool, "v", fmt.v_rotate, None)

@@ -10,19 +10,29 @@ from torch import Tensor
 from kvk.formats.quant import QuantFormat
 from kvk.reference.hadamard import hadamard
 from kvk.reference.paged import paged_decode, paged_prefill
-from kvk.reference.quant import read_records
+from kvk.reference.quant import read_records, restored_rows
 
 TAG_SHIFT = 28
 
 
 def dense_pages(
-    k_pool: Tensor, v_pool: Tensor, fmt: QuantFormat, k_pages: Tensor | None, v_pages: Tensor | None
+    k_pool: Tensor,
+    v_pool: Tensor,
+    fmt: QuantFormat,
+    k_pages: Tensor | None,
+    v_pages: Tensor | None,
+    k_permutation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(k [N + M, P, Hkv, D], v [N + M, P, Hkv, Dv]) in float64: the records' pages, then the dense ones."""
     ids = torch.arange(k_pool.shape[0])
-    k, v = read_records(k_pool, ids, fmt, "k").double(), read_records(v_pool, ids, fmt, "v").double()
-    k = hadamard(k, transpose=True) if fmt.k_rotate else k
-    v = hadamard(v, transpose=True) if fmt.v_rotate else v
+
+    def plain(pool: Tensor, which: str, rotated: int, permutation: Tensor | None) -> Tensor:
+        stored = read_records(pool, ids, fmt, which).double().transpose(1, 2)
+        return restored_rows(stored, rotated, permutation, lambda x: hadamard(x, transpose=True)).transpose(
+            1, 2
+        )
+
+    k, v = plain(k_pool, "k", fmt.k_rotate, k_permutation), plain(v_pool, "v", fmt.v_rotate, None)
     if k_pages is None or v_pages is None:
         return k, v
     return torch.cat([k, k_pages.double()]), torch.cat([v, v_pages.double()])
@@ -44,11 +54,12 @@ def quant_decode(
     *,
     k_pages: Tensor | None = None,
     v_pages: Tensor | None = None,
+    k_permutation: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """See kvk.quant_decode; options and results as in the reference of paged_decode."""
-    k, v = dense_pages(k_pool, v_pool, fmt, k_pages, v_pages)
+    k, v = dense_pages(k_pool, v_pool, fmt, k_pages, v_pages, k_permutation)
     pages = plain_indices(page_indices, k_pool.shape[0])
     return paged_decode(q, k, v, pages, kv_lens, compute_dtype=compute_dtype, **options)
 
@@ -64,10 +75,11 @@ def quant_prefill(
     *,
     k_pages: Tensor | None = None,
     v_pages: Tensor | None = None,
+    k_permutation: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """See kvk.quant_prefill; options and results as in the reference of paged_prefill."""
-    k, v = dense_pages(k_pool, v_pool, fmt, k_pages, v_pages)
+    k, v = dense_pages(k_pool, v_pool, fmt, k_pages, v_pages, k_permutation)
     pages = plain_indices(page_indices, k_pool.shape[0])
     return paged_prefill(q, qo_indptr, k, v, pages, kv_lens, compute_dtype=compute_dtype, **options)

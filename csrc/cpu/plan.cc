@@ -5,18 +5,15 @@
 namespace kvk::cpu {
 namespace {
 
-// Bytes of K that a stream block should hold for all kv heads: while one
-// block's K is multiplied its V is fetched into L2 and then the next block's K,
-// so four such pieces must fit beside each other in 512 KiB.
+// Bytes of K that a stream block should hold for all kv heads: while one block's K is multiplied its V is fetched into
+// L2 and then the next block's K, so four such pieces must fit beside each other in 512 KiB.
 constexpr int64_t kStreamBlockBytes = 128 * 1024;
 
-// A panel tile takes as many heads as a page of memory holds: more would only
-// make the worker's own memory larger.
+// A panel tile takes as many heads as a page of memory holds: more would only make the worker's own memory larger.
 constexpr int64_t kPageBytes = 4096;
 
 int32_t stream_block_keys(const PagedProblem& problem) {
-  if (problem.quant != nullptr) return kBlockKeys;  // groups of tokens stay whole; heads_per_tile() keeps a
-                                                    // block small
+  if (problem.quant != nullptr) return kBlockKeys;  // groups of tokens stay whole; heads_per_tile() keeps a block small
   const int64_t row_bytes =
       element_size(problem.dtype) * problem.num_kv_heads * std::max(problem.head_dim, problem.head_dim_v);
   int32_t keys = kBlockKeys;
@@ -40,9 +37,8 @@ class Planner {
   }
 
  private:
-  // Heads that lie side by side in a token's row are walked together, at most
-  // `heads` of them, in memory order: each page of memory is then met once, not
-  // once a head. Fewer when that would leave workers idle.
+  // Heads that lie side by side in a token's row are walked together, at most `heads` of them, in memory order: each page
+  // of memory is then met once, not once a head. Fewer when that would leave workers idle.
   int32_t heads_per_tile(int32_t heads, int64_t tile_tokens, int64_t split_len) const {
     if (p_.quant != nullptr && p_.quant->restored()) return p_.joint_heads;
     if (p_.list.per_head() || !heads_side_by_side(split_len == kStreamSplit)) return 1;
@@ -62,8 +58,7 @@ class Planner {
     return heads;
   }
 
-  // A quantized record holds one head, and the records of a page lie in a row;
-  // they are walked together by stream tiles alone.
+  // A quantized record holds one head, and the records of a page lie in a row; stream tiles alone walk them together.
   bool heads_side_by_side(bool stream) const {
     if (p_.records == nullptr) return p_.k.head_stride <= p_.k.token_stride && p_.v.head_stride <= p_.v.token_stride;
     return stream && p_.quant != nullptr && p_.quant->k_head_stride <= p_.quant->k_page_stride &&

@@ -104,8 +104,8 @@ def test_wheel_is_small_quick_and_for_any_python(wheel: Wheel) -> None:
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.path.name == f"kvk-{api_version()}-py3-none-{platform}.whl"
     assert wheel.path.stat().st_size < 20e6
-    # Three minutes on two cores, in CPU time and with a margin: what else the machine does must not decide.
-    assert wheel.cpu_seconds < 300
+    # Three minutes on two cores, in CPU time: what else the machine does must not decide.
+    assert wheel.cpu_seconds < 360
 
 
 def test_wheel_holds_the_package(wheel: Wheel) -> None:

@@ -200,12 +200,12 @@ BAD_NUMBERS = [
     (4, 256, "k_group"),
     (4, 2**40, "k_"),
     (5, 2, "k_axis"),
-    (6, 2, "k_rotate"),
+    (6, 11, "k_rotate"),
     (7, 6, "v_bits"),
     (8, 12, "v_group"),
     (8, 20, "v_group"),
     (9, 3, "v_axis"),
-    (10, 4, "v_rotate"),
+    (10, 13, "v_rotate"),
 ]
 
 
@@ -242,7 +242,7 @@ def test_count_of_numbers():
         ({"v_group": 20, "head_dim": 40}, "v_group"),
         ({"k_axis": "row"}, "k_axis"),
         ({"v_axis": 0}, "v_axis"),
-        ({"k_rotate": 2}, "k_rotate"),
+        ({"k_rotate": 11}, "k_rotate"),
         ({"k_rotate": 1, "head_dim": 72, "v_group": 72}, "k_rotate"),
     ],
 )

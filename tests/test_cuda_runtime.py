@@ -146,7 +146,7 @@ def test_declarations_match_nvidias_headers() -> None:
 
 def test_nothing_of_cuda_is_linked() -> None:
     dynamic = subprocess.run(
-        ["readelf", "-d", _load.library_path()], capture_output=True, text=True, check=True
+        ["readelf", "-d", _load.path_of_library()], capture_output=True, text=True, check=True
     ).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
     assert "libtorch_cpu.so" in needed
@@ -382,7 +382,7 @@ print(error_of(lambda: cuda.compile_kernel(probe(21), "sm_90a")))
         "KVK_NVRTC": "/nowhere",
         "KVK_LIBCUDA": "/nowhere",
         "KVK_DEVICE_SOURCES": PROBE_SOURCES,
-        "KVK_LIBRARY": str(_load.library_path()),
+        "KVK_LIBRARY": str(_load.path_of_library()),
         "PYTHONPATH": str(package.parent),
     }
     origin, error = python(code, **steer)[0].split("\n", 1)

@@ -197,7 +197,8 @@ class TestOnACard:
         assert parts.sanitizer(setting).status == "absent"
 
     @pytest.mark.parametrize(
-        ("body", "status", "failures"), [("assert True", "passed", 0), ("assert 0", "failed", 1)]
+        ("body", "status", "failures"),
+        [("assert 2 + 2 == 4", "passed", 0), ("assert 2 + 2 == 5", "failed", 1)],
     )
     def test_tests(self, setting, monkeypatch, body, status, failures):
         file = setting.output / "test_it.py"

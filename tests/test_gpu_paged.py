@@ -21,7 +21,7 @@ from kvk_testing import assert_bit_equal, assert_error_rule, expect_error
 from paged_cases import PagedCase, make_case
 from test_merge_states import gradients, random_states
 from test_paged_torch import no_poison
-from torch import Tensor
+from torch import Tensor, library
 
 pytestmark = pytest.mark.gpu
 
@@ -296,7 +296,7 @@ def test_many_streams_and_rounds(card):
 def test_opcheck(card, op):
     case = no_poison(make_case([60, 7], queries(op, [3, 7]), dtype=torch.bfloat16, sinks=True))
     overload = getattr(torch.ops.kvk, case.name).default
-    torch.library.opcheck(overload, tuple(card.put(case.args)), card.put_options(case.options))
+    library.opcheck(overload, tuple(card.put(case.args)), card.put_options(case.options))
 
 
 @OPS

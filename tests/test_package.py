@@ -199,13 +199,13 @@ def test_library_of_another_is_refused(python: Path, library: Path, tmp_path: Pa
 
 
 def test_same_library_twice_is_fine(python: Path, tmp_path: Path) -> None:
-    code = "from kvk import _load; _load.load(); _load.load(_load.library_path())" + DECODE
+    code = "from kvk import _load; _load.load(); _load.load(_load.path_of_library())" + DECODE
     done = python_run(python, code, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 def test_own_build_by_variable(python: Path, library: Path, tmp_path: Path) -> None:
-    code = DECODE + "from kvk import _load; print(_load.library_path())"
+    code = DECODE + "from kvk import _load; print(_load.path_of_library())"
     done = python_run(python, code, tmp_path, KVK_LIBRARY=str(library))
     assert done.stdout.strip() == str(library.resolve()), done.stderr
 

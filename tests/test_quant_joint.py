@@ -11,6 +11,7 @@ from paged_cases import make_case
 from paged_strategies import DTYPES
 from quant_attention_cases import QuantCase, quantized
 from quant_cases import values
+from torch import library
 
 FORMATS = {  # (format, kv heads)
     "pairs": (kvk.QuantFormat(16, 64, 4, 4, 64, 64, "token", "token", k_rotate=2, v_rotate=2), 4),
@@ -198,13 +199,11 @@ class TestErrors:
 def test_opcheck_and_compile() -> None:
     case = joint_case("pairs", [40, 20])
     args = (*case.args, case.fmt.numbers)
-    torch.library.opcheck(torch.ops.kvk.quant_decode.default, args, case.options)
+    library.opcheck(torch.ops.kvk.quant_decode.default, args, case.options)
     k, v = torch.randn(2, 2, 16, 4, 64)
     ids, pools = torch.tensor([0, 1], dtype=torch.int32), [x.zero_() for x in case.fmt.new_pool(2, 4)]
     order = {"k_permutation": case.options["k_permutation"]}
-    torch.library.opcheck(
-        torch.ops.kvk.quantize_pages.default, (k, v, ids, *pools, ids, case.fmt.numbers), order
-    )
-    torch.library.opcheck(
+    library.opcheck(torch.ops.kvk.quantize_pages.default, (k, v, ids, *pools, ids, case.fmt.numbers), order)
+    library.opcheck(
         torch.ops.kvk.dequantize_pages.default, (*pools, ids, case.fmt.numbers, torch.float32), order
     )

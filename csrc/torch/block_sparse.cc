@@ -9,7 +9,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 #define KVK_BLOCK_SPARSE_INPUTS "Tensor q, Tensor k, Tensor v, "
-// Differentiable ops have no keyword-only tensors: torch.library.register_autograd does not take them.
+// Differentiable ops have no keyword-only tensors: an autograd registration in Python does not take them.
 #define KVK_BLOCK_SPARSE_OPTIONS                                                          \
   "Tensor row_ptr, Tensor col_idx, int block_q, int block_k, Tensor? cu_seqlens_q=None, " \
   "Tensor? cu_seqlens_k=None, Tensor? entry_bias=None, *, bool causal=False, float? softmax_scale=None"

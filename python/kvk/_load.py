@@ -16,19 +16,19 @@ _MINIMUM_TORCH = (2, 10)
 _loaded: str | None = None
 
 
-def library_path() -> str:
+def path_of_library() -> str:
     """The file of libkvk.so: KVK_LIBRARY if set (a build of your own), else the one in the package."""
     return os.path.realpath(os.environ.get("KVK_LIBRARY") or str(files("kvk") / "libkvk.so"))
 
 
 def load(path: str | None = None) -> None:
-    """Loads the kernels from `path` (default: library_path()).
+    """Loads the kernels from `path` (default: path_of_library()).
 
     Raises:
         ImportError: the file is missing, torch is older than 2.10, or another library has defined torch.ops.kvk.
     """
     global _loaded
-    path = os.path.realpath(path or library_path())
+    path = os.path.realpath(path or path_of_library())
     if _loaded == path:
         return
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])

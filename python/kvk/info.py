@@ -15,7 +15,7 @@ from kvk import _load, cuda
 def build_info() -> dict[str, str]:
     """What the loaded libkvk.so says of itself: version, cpu_level (in use), cpu_levels (built, lowest first),
     compiler, torch_headers."""
-    library = ctypes.CDLL(_load.library_path())  # a second handle of the library that is loaded already
+    library = ctypes.CDLL(_load.path_of_library())  # a second handle of the library that is loaded already
     library.kvk_build_info.restype = ctypes.c_char_p
     text: bytes = library.kvk_build_info()
     return dict(line.split("=", 1) for line in text.decode().splitlines())
@@ -39,7 +39,7 @@ def rows() -> list[tuple[str, str]]:
     info = build_info()
     return [
         ("kvk", info["version"]),
-        ("library", _load.library_path()),
+        ("library", _load.path_of_library()),
         ("built with", f"{info['compiler']}, headers of torch {info['torch_headers']}"),
         ("CPU level", _level(info)),
         ("CPU levels", f"{info['cpu_levels']} (in this build)"),

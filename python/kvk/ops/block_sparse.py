@@ -7,7 +7,7 @@ query / key blocks of the longest sequence.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kvk.ops.paged import _both, _check_devices
 
@@ -126,7 +126,7 @@ def block_sparse_attention_backward(
     )
 
 
-@torch.library.register_fake("kvk::block_sparse_attention")
+@library.register_fake("kvk::block_sparse_attention")
 def _(
     q,
     k,
@@ -146,14 +146,14 @@ def _(
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("kvk::block_sparse_attention.out")
+@library.register_fake("kvk::block_sparse_attention.out")
 def _(q, k, v, row_ptr, col_idx, block_q, block_k, cu_seqlens_q=None, cu_seqlens_k=None, entry_bias=None, *,
       out, lse, **options):  # fmt: skip
     _check_devices("block_sparse_attention", "q", q=q, k=k, v=v, row_ptr=row_ptr, col_idx=col_idx, out=out, lse=lse,
                    cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, entry_bias=entry_bias)  # fmt: skip
 
 
-@torch.library.register_fake("kvk::block_sparse_attention_backward")
+@library.register_fake("kvk::block_sparse_attention_backward")
 def _(grad_out, grad_lse, q, k, v, out, lse, row_ptr, col_idx, block_q, block_k, cu_seqlens_q=None,
       cu_seqlens_k=None, entry_bias=None, **options):  # fmt: skip
     _check_devices("block_sparse_attention_backward", "q", q=q, k=k, v=v, grad_out=grad_out, grad_lse=grad_lse,
@@ -184,7 +184,7 @@ def _backward(ctx, grad_out, grad_lse):
     return *grads, *[None] * 7
 
 
-torch.library.register_autograd("kvk::block_sparse_attention", _backward, setup_context=_save)
+library.register_autograd("kvk::block_sparse_attention", _backward, setup_context=_save)
 
 
 def vertical_slash_attention(
@@ -230,7 +230,7 @@ def vertical_slash_attention(
     return out, lse
 
 
-@torch.library.register_fake("kvk::vertical_slash_attention")
+@library.register_fake("kvk::vertical_slash_attention")
 def _(q, k, v, vertical, slash, *, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None):
     _check_devices("vertical_slash_attention", "q", q=q, k=k, v=v, vertical=vertical, slash=slash,
                    cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)  # fmt: skip
@@ -238,7 +238,7 @@ def _(q, k, v, vertical, slash, *, cu_seqlens_q=None, cu_seqlens_k=None, softmax
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("kvk::vertical_slash_attention.out")
+@library.register_fake("kvk::vertical_slash_attention.out")
 def _(q, k, v, vertical, slash, *, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, out, lse):
     _check_devices("vertical_slash_attention", "q", q=q, k=k, v=v, vertical=vertical, slash=slash, out=out, lse=lse,
                    cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 _ops = torch.ops.kvk
 
@@ -46,17 +46,17 @@ def _check_devices(x: Tensor, out: Tensor) -> None:
         raise RuntimeError(f"kvk::hadamard: out must be on {x.device} like x, got {out.device}")
 
 
-@torch.library.register_fake("kvk::hadamard")
+@library.register_fake("kvk::hadamard")
 def _(x, *, scale=None, transpose=False):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("kvk::hadamard.out")
+@library.register_fake("kvk::hadamard.out")
 def _(x, *, scale=None, transpose=False, out):
     _check_devices(x, out)
 
 
-@torch.library.register_fake("kvk::hadamard_")
+@library.register_fake("kvk::hadamard_")
 def _(x, *, scale=None, transpose=False):
     return None
 
@@ -70,4 +70,4 @@ def _backward(ctx, grad):
     return _ops.hadamard(grad.contiguous(), **options)
 
 
-torch.library.register_autograd("kvk::hadamard", _backward, setup_context=_save_options)
+library.register_autograd("kvk::hadamard", _backward, setup_context=_save_options)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 _ops = torch.ops.kvk
 
@@ -176,20 +176,20 @@ def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return q.new_empty((count, q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
 
 
-@torch.library.register_fake("kvk::lightning_attention")
+@library.register_fake("kvk::lightning_attention")
 def _(q, k, v, log_decay, initial_state=None, cu_seqlens=None, *, scale=1.0):
     _check_devices("lightning_attention", q, k=k, v=v, log_decay=log_decay, initial_state=initial_state,
                    cu_seqlens=cu_seqlens)  # fmt: skip
     return v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
 
 
-@torch.library.register_fake("kvk::lightning_attention.out")
+@library.register_fake("kvk::lightning_attention.out")
 def _(q, k, v, log_decay, initial_state=None, cu_seqlens=None, *, scale=1.0, out, final_state):
     _check_devices("lightning_attention", q, k=k, v=v, log_decay=log_decay, initial_state=initial_state,
                    cu_seqlens=cu_seqlens, out=out, final_state=final_state)  # fmt: skip
 
 
-@torch.library.register_fake("kvk::lightning_attention_backward")
+@library.register_fake("kvk::lightning_attention_backward")
 def _(
     grad_out,
     grad_final_state,
@@ -213,13 +213,13 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), decay, state
 
 
-@torch.library.register_fake("kvk::lightning_decode")
+@library.register_fake("kvk::lightning_decode")
 def _(q, k, v, state, slots, log_decay, *, scale=1.0):
     _check_devices("lightning_decode", q, k=k, v=v, state=state, slots=slots, log_decay=log_decay)
     return v.new_empty(v.shape)
 
 
-@torch.library.register_fake("kvk::lightning_decode.out")
+@library.register_fake("kvk::lightning_decode.out")
 def _(q, k, v, state, slots, log_decay, *, scale=1.0, out):
     _check_devices("lightning_decode", q, k=k, v=v, state=state, slots=slots, log_decay=log_decay, out=out)
 
@@ -249,4 +249,4 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_final_state: Tensor | None
     return *grads[:3], grad_decay, grads[4] if initial_state is not None else None, None
 
 
-torch.library.register_autograd("kvk::lightning_attention", _backward, setup_context=_save_inputs)
+library.register_autograd("kvk::lightning_attention", _backward, setup_context=_save_inputs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kvk.ops.paged import _both, _check_devices
 
@@ -119,18 +119,18 @@ def _list(value):
     return [int(x) for x in ((value,) if isinstance(value, int) else value)]
 
 
-@torch.library.register_fake("kvk::neighborhood_attention")
+@library.register_fake("kvk::neighborhood_attention")
 def _(q, k, v, kernel_size, **options):
     _check_devices("neighborhood_attention", "q", q=q, k=k, v=v)
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.register_fake("kvk::neighborhood_attention.out")
+@library.register_fake("kvk::neighborhood_attention.out")
 def _(q, k, v, kernel_size, *, out, lse, **options):
     _check_devices("neighborhood_attention", "q", q=q, k=k, v=v, out=out, lse=lse)
 
 
-@torch.library.register_fake("kvk::neighborhood_attention_backward")
+@library.register_fake("kvk::neighborhood_attention_backward")
 def _(grad_out, grad_lse, q, k, v, out, lse, kernel_size, **options):
     _check_devices("neighborhood_attention_backward", "q", q=q, k=k, v=v, grad_out=grad_out, grad_lse=grad_lse,
                    out=out, lse=lse)  # fmt: skip
@@ -150,4 +150,4 @@ def _backward(ctx, grad_out, grad_lse):
     return *grads, None
 
 
-torch.library.register_autograd("kvk::neighborhood_attention", _backward, setup_context=_save)
+library.register_autograd("kvk::neighborhood_attention", _backward, setup_context=_save)

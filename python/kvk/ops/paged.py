@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 _ops = torch.ops.kvk
 
@@ -209,49 +209,49 @@ def _attention_fake(q: Tensor, v_pages: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("kvk::paged_decode")
+@library.register_fake("kvk::paged_decode")
 def _(q, k_pages, v_pages, page_indices, kv_lens, **options):
     _check_devices("paged_decode", "q", q=q, k_pages=k_pages, v_pages=v_pages, page_indices=page_indices,
                    kv_lens=kv_lens, **options)  # fmt: skip
     return _attention_fake(q, v_pages)
 
 
-@torch.library.register_fake("kvk::paged_prefill")
+@library.register_fake("kvk::paged_prefill")
 def _(q, qo_indptr, k_pages, v_pages, page_indices, kv_lens, **options):
     _check_devices("paged_prefill", "q", q=q, qo_indptr=qo_indptr, k_pages=k_pages, v_pages=v_pages,
                    page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
     return _attention_fake(q, v_pages)
 
 
-@torch.library.register_fake("kvk::paged_decode.out")
+@library.register_fake("kvk::paged_decode.out")
 def _(q, k_pages, v_pages, page_indices, kv_lens, **options):
     _check_devices("paged_decode", "q", q=q, k_pages=k_pages, v_pages=v_pages, page_indices=page_indices,
                    kv_lens=kv_lens, **options)  # fmt: skip
 
 
-@torch.library.register_fake("kvk::paged_prefill.out")
+@library.register_fake("kvk::paged_prefill.out")
 def _(q, qo_indptr, k_pages, v_pages, page_indices, kv_lens, **options):
     _check_devices("paged_prefill", "q", q=q, qo_indptr=qo_indptr, k_pages=k_pages, v_pages=v_pages,
                    page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
 
 
-@torch.library.register_fake("kvk::append_kv")
+@library.register_fake("kvk::append_kv")
 def _(k, v, k_pages, v_pages, slot_mapping):
     _check_devices("append_kv", "k", k=k, v=v, k_pages=k_pages, v_pages=v_pages, slot_mapping=slot_mapping)
 
 
-@torch.library.register_fake("kvk::merge_states")
+@library.register_fake("kvk::merge_states")
 def _(out, lse):
     _check_devices("merge_states", "out", out=out, lse=lse)
     return out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:], dtype=torch.float32)
 
 
-@torch.library.register_fake("kvk::merge_states.out")
+@library.register_fake("kvk::merge_states.out")
 def _(out, lse, *, merged_out, merged_lse):
     _check_devices("merge_states", "out", out=out, lse=lse, merged_out=merged_out, merged_lse=merged_lse)
 
 
-@torch.library.register_fake("kvk::merge_states_backward")
+@library.register_fake("kvk::merge_states_backward")
 def _(grad_out, grad_lse, out, lse):
     _check_devices("merge_states_backward", "out", grad_out=grad_out, grad_lse=grad_lse, out=out, lse=lse)
     return out.new_empty(out.shape), lse.new_empty(lse.shape, dtype=torch.float32)
@@ -266,4 +266,4 @@ def _merge_states_backward(ctx, grad_out, grad_lse):
     return _ops.merge_states_backward(grad_out.contiguous(), grad_lse.contiguous(), out, lse)
 
 
-torch.library.register_autograd("kvk::merge_states", _merge_states_backward, setup_context=_save_parts)
+library.register_autograd("kvk::merge_states", _merge_states_backward, setup_context=_save_parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kvk.formats.quant import QuantFormat
 
@@ -148,13 +148,13 @@ def _check_devices(op: str, first: str, **tensors: Any) -> None:
 _format_of = QuantFormat.from_numbers
 
 
-@torch.library.register_fake("kvk::quantize_pages")
+@library.register_fake("kvk::quantize_pages")
 def _(k_pages, v_pages, src, k_pool, v_pool, dst, fmt, *, k_clip=1.0, v_clip=1.0, k_permutation=None):
     _check_devices("quantize_pages", "k_pages", k_pages=k_pages, v_pages=v_pages, src=src, k_pool=k_pool,
                    v_pool=v_pool, dst=dst, k_permutation=k_permutation)  # fmt: skip
 
 
-@torch.library.register_fake("kvk::dequantize_pages")
+@library.register_fake("kvk::dequantize_pages")
 def _(k_pool, v_pool, ids, fmt, dtype, *, k_permutation=None):
     _check_devices(
         "dequantize_pages", "k_pool", k_pool=k_pool, v_pool=v_pool, ids=ids, k_permutation=k_permutation
@@ -167,7 +167,7 @@ def _(k_pool, v_pool, ids, fmt, dtype, *, k_permutation=None):
     )
 
 
-@torch.library.register_fake("kvk::quantize")
+@library.register_fake("kvk::quantize")
 def _(x, bits, group, axis=-1, *, clip=1.0):
     scales = list(x.shape)
     scales[axis] = scales[axis] // group
@@ -175,7 +175,7 @@ def _(x, bits, group, axis=-1, *, clip=1.0):
     return codes, x.new_empty(scales, dtype=torch.float16), x.new_empty(scales, dtype=torch.float16)
 
 
-@torch.library.register_fake("kvk::dequantize")
+@library.register_fake("kvk::dequantize")
 def _(codes, scale, min, bits, group, axis=-1, *, dtype=torch.float32):
     _check_devices("dequantize", "codes", codes=codes, scale=scale, min=min)
     return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 8 // bits), dtype=dtype)

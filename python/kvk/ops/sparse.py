@@ -6,7 +6,7 @@ Shapes: N pages of P tokens, Hkv kv heads, D / Dv head dims of K / V.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kvk.formats.sparse import DTYPES, BitmapFormat
 from kvk.ops.paged import _check_devices
@@ -71,13 +71,13 @@ def decompress_pages(k_pool: Tensor, v_pool: Tensor, ids: Tensor, fmt: BitmapFor
     return _ops.decompress_pages(k_pool, v_pool, ids, fmt.numbers)
 
 
-@torch.library.register_fake("kvk::compress_pages")
+@library.register_fake("kvk::compress_pages")
 def _(k_pages, v_pages, src, k_pool, v_pool, dst, fmt, *, k_select=None, v_select=None):
     _check_devices("compress_pages", "k_pages", k_pages=k_pages, v_pages=v_pages, src=src, k_pool=k_pool,
                    v_pool=v_pool, dst=dst, k_select=k_select, v_select=v_select)  # fmt: skip
 
 
-@torch.library.register_fake("kvk::decompress_pages")
+@library.register_fake("kvk::decompress_pages")
 def _(k_pool, v_pool, ids, fmt):
     _check_devices("decompress_pages", "k_pool", k_pool=k_pool, v_pool=v_pool, ids=ids)
     page_size, head_dim, head_dim_v, dtype = fmt[:4]

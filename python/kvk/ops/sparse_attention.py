@@ -6,7 +6,7 @@ Shapes as in kvk.ops.paged; N pages of records, M dense pages.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kvk.formats.sparse import BitmapFormat
 from kvk.ops.paged import _both, _check_devices, _given
@@ -143,27 +143,27 @@ def _fake(q: Tensor, fmt: list[int]) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("kvk::sparse_decode")
+@library.register_fake("kvk::sparse_decode")
 def _(q, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
     _check_devices("sparse_decode", "q", q=q, k_pool=k_pool, v_pool=v_pool, page_indices=page_indices,
                    kv_lens=kv_lens, **options)  # fmt: skip
     return _fake(q, fmt)
 
 
-@torch.library.register_fake("kvk::sparse_decode.out")
+@library.register_fake("kvk::sparse_decode.out")
 def _(q, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
     _check_devices("sparse_decode", "q", q=q, k_pool=k_pool, v_pool=v_pool, page_indices=page_indices,
                    kv_lens=kv_lens, **options)  # fmt: skip
 
 
-@torch.library.register_fake("kvk::sparse_prefill")
+@library.register_fake("kvk::sparse_prefill")
 def _(q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
     _check_devices("sparse_prefill", "q", q=q, qo_indptr=qo_indptr, k_pool=k_pool, v_pool=v_pool,
                    page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
     return _fake(q, fmt)
 
 
-@torch.library.register_fake("kvk::sparse_prefill.out")
+@library.register_fake("kvk::sparse_prefill.out")
 def _(q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
     _check_devices("sparse_prefill", "q", q=q, qo_indptr=qo_indptr, k_pool=k_pool, v_pool=v_pool,
                    page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip

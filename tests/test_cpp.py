@@ -202,12 +202,19 @@ def test_pkg_config(prefix: Path, compiler: str, tmp_path: Path) -> None:
     assert "out 0.5, lse 6.7555" in run([made]).stdout
 
 
-def test_engine(prefix: Path, tmp_path: Path) -> None:
-    """examples/cpp_engine: a decode loop, its result held against its own computation in double; its calls recorded."""
+@pytest.fixture(scope="session")
+def engine(prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """examples/cpp_engine, built against the installed package."""
+    folder = tmp_path_factory.mktemp("engine")
     flags = "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"
-    cmake_build(ROOT / "examples" / "cpp_engine", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}", flags)
+    cmake_build(ROOT / "examples" / "cpp_engine", folder, f"-DCMAKE_PREFIX_PATH={prefix}", flags)
+    return folder
+
+
+def test_engine(engine: Path, tmp_path: Path) -> None:
+    """A decode loop, its result held against its own computation in double; its calls recorded."""
     env = {"KVK_LOG": "1", "KVK_DUMP": str(tmp_path / "dump"), "KVK_DUMP_CALLS": "200"}
-    done = run([tmp_path / "build" / "engine"], env=env)
+    done = run([engine / "engine"], env=env)
     assert re.fullmatch(
         r"200 steps of 4 requests at \S+: 9\.0 bits an element in full pages, .*\n", done.stdout
     )
@@ -223,6 +230,18 @@ def test_engine(prefix: Path, tmp_path: Path) -> None:
         for op in ("append_kv", "quantize", "decode")
     ]
     assert replay.main([str(file) for file in some]) == 0
+
+
+def test_engine_on_a_card(engine: Path) -> None:
+    """The same loop with a stream and memory of the CUDA runtime; tests/emulator/test_engine.cc tests what it queues."""
+    if not (engine / "engine_cuda").exists():
+        pytest.skip("CMake finds no CUDA toolkit to build examples/cpp_engine/cuda.cc with")
+    done = run([engine / "engine_cuda"], check=False)
+    if torch.cuda.is_available():
+        assert done.returncode == 0, done.stderr
+        assert re.fullmatch(r"200 steps of 4 requests on cuda:0: 9\.0 bits .*\n", done.stdout)
+    else:
+        assert (done.returncode, done.stderr) == (77, "engine_cuda: no CUDA card here\n")
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)

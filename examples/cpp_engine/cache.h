@@ -1,5 +1,5 @@
 // Whose page is whose: what the host of an engine keeps of a paged KV cache. Full pages become records, the page that a request
-// is filling stays dense; or, without records, all pages stay dense.
+// is filling stays dense.
 #pragma once
 
 #include <kvk/kvk.h>
@@ -27,11 +27,6 @@ inline kvk::Tensor view(void* data, kvk::DType dtype, kvk::Device device, std::i
   return t;
 }
 
-struct Shape {
-  int64_t num_q_heads, num_kv_heads, head_dim, page_size;
-  kvk::DType dtype;
-};
-
 // Numbers of free pages.
 class FreeList {
  public:
@@ -53,15 +48,15 @@ class FreeList {
 // Which pages each request has. What the device needs of it (slots, pages to pack, tables) is made a step at a time.
 class PageTables {
  public:
-  PageTables(const Shape& shape, int32_t num_requests, int32_t num_dense, int32_t num_records)
-      : page_size_(shape.page_size), tag_(num_records > 0 ? kDense : 0), dense_(num_dense), records_(num_records),
-        pages_(static_cast<size_t>(num_requests)), lens_(static_cast<size_t>(num_requests)) {}
+  PageTables(int64_t page_size, int32_t num_requests, int32_t num_dense, int32_t num_records)
+      : page_size_(page_size), dense_(num_dense), records_(num_records), pages_(static_cast<size_t>(num_requests)),
+        lens_(static_cast<size_t>(num_requests)) {}
 
   // A place for one more token of the first `running` requests: slots for append_kv, which skips the others.
   std::vector<int64_t> next_slots(size_t running) {
     std::vector<int64_t> slots(lens_.size(), -1);
     for (size_t r = 0; r < running; ++r) {
-      if (lens_[r] % page_size_ == 0) pages_[r].push_back(dense_.take() | tag_);
+      if (lens_[r] % page_size_ == 0) pages_[r].push_back(dense_.take() | kDense);
       slots[r] = (pages_[r].back() & ~kDense) * page_size_ + lens_[r] % page_size_;
       ++lens_[r];
     }
@@ -104,7 +99,6 @@ class PageTables {
 
  private:
   int64_t page_size_;
-  int32_t tag_;
   FreeList dense_, records_;
   std::vector<std::vector<int32_t>> pages_;
   std::vector<int32_t> lens_;

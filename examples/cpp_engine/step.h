@@ -8,14 +8,10 @@
 
 namespace engine {
 
-struct Records {
-  kvk::Tensor k_pool, v_pool;  // u8 [N, Hkv, record bytes]
-  kvk::QuantFormat format;
-};
-
 struct Layer {
   kvk::Tensor k_pages, v_pages;  // [M, P, Hkv, D]
-  std::optional<Records> records;
+  kvk::Tensor k_pool, v_pool;    // u8 [N, Hkv, record bytes]
+  kvk::QuantFormat format;
 };
 
 struct Packing {
@@ -34,37 +30,24 @@ inline void run_step(const Layer& layer, const Step& step, const kvk::Context& c
   kvk::append_kv(
       {.k = step.k, .v = step.v, .k_pages = layer.k_pages, .v_pages = layer.v_pages, .slot_mapping = step.slots},
       context);
-  const kvk::PageTable table = {.page_indices = step.table, .page_indptr = {}, .kv_lens = step.lens};
-  if (!layer.records) {
-    kvk::paged_decode({.q = step.q,
-                       .k_pages = layer.k_pages,
-                       .v_pages = layer.v_pages,
-                       .table = table,
-                       .score = {},
-                       .out = step.out,
-                       .lse = step.lse},
-                      context);
-    return;
-  }
-  const Records& records = *layer.records;
   if (step.packing) {
     kvk::quantize_pages({.k_pages = layer.k_pages,
                          .v_pages = layer.v_pages,
                          .src = step.packing->from,
-                         .k_pool = records.k_pool,
-                         .v_pool = records.v_pool,
+                         .k_pool = layer.k_pool,
+                         .v_pool = layer.v_pool,
                          .dst = step.packing->to,
-                         .format = records.format},
+                         .format = layer.format},
                         context);
   }
   kvk::quant_decode({.q = step.q,
-                     .k_pool = records.k_pool,
-                     .v_pool = records.v_pool,
+                     .k_pool = layer.k_pool,
+                     .v_pool = layer.v_pool,
                      .k_pages = layer.k_pages,
                      .v_pages = layer.v_pages,
-                     .table = table,
+                     .table = {.page_indices = step.table, .page_indptr = {}, .kv_lens = step.lens},
                      .score = {},
-                     .format = records.format,
+                     .format = layer.format,
                      .out = step.out,
                      .lse = step.lse},
                     context);

@@ -21,7 +21,7 @@ import pytest
 import test_cuda_runtime
 import test_record
 import torch
-from building import ROOT, cmake_build, lock, run
+from building import ROOT, cmake_build, lock, run, tool
 from kvk import replay, saved
 from kvk_testing import assert_bit_equal
 from paged_cases import make_case
@@ -264,6 +264,14 @@ def test_a_format_brings_its_clips(ka: ModuleType) -> None:
     assert ka.dequantize_pages(*pools, dst, fmt.numbers, "float32")[0].dtype == np.float32
 
 
+def test_formats_are_those_of_torch(ka: ModuleType) -> None:
+    assert ka.QuantFormat is kvk.QuantFormat and ka.BitmapFormat is kvk.BitmapFormat
+    fmt = ka.BitmapFormat(16, 64, 32, 64, np.float16)
+    assert fmt.dtype is torch.float16 and fmt == kvk.BitmapFormat(16, 64, 32, 64, torch.float16)
+    assert ka.BitmapFormat(16, 64, 32, 64, ml_dtypes.bfloat16) == kvk.BitmapFormat(16, 64, 32, 64)
+    assert kvk.BitmapFormat.from_numbers(fmt.numbers) == fmt
+
+
 def test_torch_is_a_producer_like_others(ka: ModuleType) -> None:
     """Through DLPack, in and out: the results are torch's tensors, the memory written is theirs."""
     x = torch.randn(4, 32).bfloat16()
@@ -293,6 +301,35 @@ def test_any_producer(ka: ModuleType) -> None:
     result = ka.hadamard(x)
     assert isinstance(result, np.ndarray) and result[0, 0] == np.float32(32**0.5)
     assert x.asked == [None]
+
+
+def test_an_array_api_library(ka: ModuleType) -> None:
+    """Of a library that kvk does not know by name: read and written where it lies, results in that library."""
+    import array_api_strict as xp
+
+    k_pages, v_pages = xp.zeros((4, 16, 2, 32)), xp.zeros((4, 16, 2, 32))
+    k_pages, v_pages = (xp.astype(x, xp.float32) for x in (k_pages, v_pages))
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, 20, 2, 32)).astype(np.float32)
+    slots = xp.asarray(np.arange(20) + 16)
+    memory = np.from_dlpack(k_pages)
+    assert ka.append_kv(xp.asarray(k), xp.asarray(v), k_pages, v_pages, slots) is None
+    assert np.array_equal(memory[1], k[:16]) and np.shares_memory(memory, np.from_dlpack(k_pages))
+    q, table, lens = rng.standard_normal((1, 4, 32)).astype(np.float32), [[1, 2]], [20]
+    table, lens = np.array(table, np.int32), np.array(lens, np.int32)
+    results = ka.paged_decode(xp.asarray(q), k_pages, v_pages, xp.asarray(table), xp.asarray(lens))
+    wanted = ka.paged_decode(q, memory, np.from_dlpack(v_pages), table, lens)
+    for got, want in zip(results, wanted, strict=True):
+        assert type(got) is type(k_pages) and np.array_equal(np.from_dlpack(got), want)
+    out, lse = xp.astype(xp.zeros((1, 4, 32)), xp.float32), xp.astype(xp.zeros((1, 4)), xp.float32)
+    given, _ = ka.paged_decode(
+        xp.asarray(q), k_pages, v_pages, xp.asarray(table), xp.asarray(lens), out=out, lse=lse
+    )
+    assert given is out and np.array_equal(np.from_dlpack(out), wanted[0])
+    with pytest.raises(
+        RuntimeError, match="kvk::hadamard: x must be float32, bfloat16 or float16, got float64"
+    ):
+        ka.hadamard(xp.ones((2, 8)))
 
 
 def test_jax(ka: ModuleType) -> None:
@@ -328,18 +365,51 @@ def test_calls_on_arrays_are_recorded(library: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def wheel(module_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The distribution kvk-array, from the build that is there already."""
-    folder = tmp_path_factory.mktemp("kvk-array")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution of kvk-array, unpacked."""
+    folder = tmp_path_factory.mktemp("kvk-array-sdist")
     sources = folder / "sources"
-    shutil.copytree(ROOT / "packages", sources / "packages")
-    for name in ("python", "include"):
-        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    left = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in ("packages", "python", "include", "csrc", "cmake"):
+        shutil.copytree(ROOT / name, sources / name, ignore=left)
+    for name in ("CMakeLists.txt", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    run(
+        [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder],
+        cwd=sources / "packages" / "kvk-array",
+    )
+    (path,) = folder.glob("kvk_array-*.tar.gz")
+    shutil.rmtree(sources)  # what comes next has the archive alone
+    shutil.unpack_archive(path, folder)
+    return folder / path.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist: Path, module_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The distribution kvk-array from its sdist, with the module that is built already."""
+    folder = tmp_path_factory.mktemp("kvk-array")
     env = {"KVK_ARRAY_BUILD": str(module_folder)}
-    run([sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", folder],
-        cwd=sources / "packages" / "kvk-array", env=env)  # fmt: skip
+    run([sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", folder], cwd=sdist, env=env)
     (path,) = folder.glob("kvk_array-*.whl")
     return path
+
+
+def test_the_sdist_has_what_the_module_is_built_of(sdist: Path, tmp_path: Path) -> None:
+    """CMake configures it, where a missing source is an error, and knows the very sources of the checkout's build."""
+    options = ("-DKVK_BUILD_ARRAY=ON", "-DKVK_BUILD_TORCH=OFF", f"-DPython_EXECUTABLE={sys.executable}")
+    names = []
+    for root in (sdist / "sources", ROOT):
+        build = tmp_path / str(len(names))
+        ninja = f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
+        run([tool("cmake"), "-S", root, "-B", build, "-G", "Ninja", ninja, *options])
+        inputs = run([tool("ninja"), "-C", build, "-t", "inputs", "kvk_array"]).stdout.splitlines()
+        names.append({name.removeprefix(f"{root}/") for name in inputs if name.startswith(f"{root}/")})
+    assert len(names[0]) > 50 and names[0] == names[1]
+    for folder in ("include", "csrc"):  # headers are no inputs before the first build
+        wanted = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.h*")}
+        assert wanted == {
+            path.relative_to(sdist / "sources") for path in (sdist / "sources" / folder).rglob("*.h*")
+        }
 
 
 @pytest.fixture(scope="session")
@@ -371,7 +441,7 @@ def test_wheel(wheel: Path) -> None:
     assert all(name.startswith("kvk/array/") for name in names), (
         names
     )  # nothing that the distribution kvk owns
-    assert "kvk/array/py.typed" in names and "kvk/array/_quant_format.py" in names
+    assert {"kvk/array/py.typed", "kvk/array/_formats/quant.py", "kvk/array/_formats/sparse.py"} <= set(names)
     assert "Requires-Dist: numpy" in text and "torch" not in "".join(re.findall("Requires-Dist: .*", text))
 
 
@@ -384,6 +454,21 @@ table, lens = np.array([[2, 0]], np.int32), np.array([20], np.int32)
 out, lse = ka.paged_decode(np.ones((1, 4, 64), ml_dtypes.bfloat16), k, v, table, lens)
 assert (out == 1).all() and np.allclose(lse, 8 + np.log(20)), (out, lse)
 fmt = ka.QuantFormat(16, 64, k_group=16)
+thin = ka.BitmapFormat(16, 64, 64, 64, dtype=np.float16)
+assert thin.dtype == "float16" and thin == ka.BitmapFormat(16, 64, 64, 64, "float16")
+pools = [np.zeros((3, 2, size), np.uint8) for size in (thin.k_record_bytes, thin.v_record_bytes)]
+rows = np.random.default_rng(0).standard_normal((2, 1, 16, 2, 64)).astype(np.float16)
+ka.compress_pages(*rows, np.array([0], np.int32), *pools, np.array([1], np.int32), thin)
+k, v = ka.decompress_pages(*pools, np.array([1], np.int32), thin)
+assert np.array_equal(k, rows[0]) and np.array_equal(v, rows[1])
+out, _ = ka.sparse_decode(rows[0, 0, :1], *pools, np.array([[1]], np.int32), np.array([1], np.int32), thin)
+assert np.array_equal(out, rows[1, 0, :1])
+try:
+    ka.BitmapFormat(16, 64, 64, 64, np.float32)
+except ValueError as error:
+    assert "dtype must be bfloat16 or float16" in str(error)
+else:
+    raise AssertionError
 print(fmt.k_record_bytes, ka.__version__, ka.cpu_level())
 """
     printed = without_torch(site, code).split()

@@ -1,4 +1,4 @@
-"""Builds kvk/array/_array.*.so with CMake from the checkout around this folder.
+"""Builds kvk/array/_array.*.so with CMake from the checkout around this folder, or from what its sdist holds of that.
 
 KVK_ARRAY_BUILD names a build folder to take it from instead.
 """
@@ -16,9 +16,21 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+SOURCES = HERE / "sources"  # of the checkout, in an sdist
+ROOT = SOURCES if SOURCES.exists() else HERE.parents[1]
+NEEDED = (
+    "CMakeLists.txt",
+    "LICENSE",
+    "cmake",
+    "csrc",
+    "include",
+    "python/kvk/array",
+    "python/kvk/formats",
+    "python/kvk/py.typed",
+)
 PACKAGE = ROOT / "python" / "kvk" / "array"
 
 
@@ -52,14 +64,34 @@ class CMakeBuild(build_ext):
         shutil.copy(made, target)
 
 
+def copy(source: Path, target: Path) -> None:
+    """A file or a folder, without what builds and runs leave there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        ignored = shutil.ignore_patterns("__pycache__", "*.py[cod]", "*.so")
+        shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
+    else:
+        shutil.copy(source, target)
+
+
 class BuildPy(build_py):
-    """The Python files, and the one of kvk.formats that needs no torch."""
+    """The Python files, and kvk.formats, which needs no torch."""
 
     def run(self) -> None:
         super().run()
         target = Path(self.build_lib) / "kvk" / "array"
-        shutil.copy(ROOT / "python" / "kvk" / "formats" / "quant.py", target / "_quant_format.py")
-        shutil.copy(ROOT / "python" / "kvk" / "py.typed", target / "py.typed")
+        copy(ROOT / "python" / "kvk" / "formats", target / "_formats")
+        copy(ROOT / "python" / "kvk" / "py.typed", target / "py.typed")
+
+
+class SDist(sdist):
+    """This folder, and in sources/ what it needs of the checkout."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, [name for name in files if not name.startswith(os.pardir)])
+        for name in NEEDED:
+            copy(ROOT / name, Path(base_dir) / "sources" / name)
+        copy(ROOT / "LICENSE", Path(base_dir) / "LICENSE")
 
 
 setup(
@@ -67,5 +99,5 @@ setup(
     packages=["kvk.array"],
     package_dir={"kvk.array": os.path.relpath(PACKAGE, HERE)},
     ext_modules=[Extension("kvk.array._array", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy, "sdist": SDist},
 )

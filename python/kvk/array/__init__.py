@@ -6,26 +6,19 @@ bits. Arrays are never copied or converted: what an op writes is written in the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvk.array._arrays import BFloat16Bits, bfloat16_bits
+from kvk.array._format_classes import BitmapFormat, QuantFormat
 from kvk.array._functions import make_functions
 from kvk.array._library import library
-
-if TYPE_CHECKING:
-    from kvk.formats.quant import QuantFormat
-else:
-    try:  # as torch users have it
-        from kvk.formats.quant import QuantFormat
-    except ImportError:  # this distribution alone: its build brings the file along
-        from kvk.array._quant_format import QuantFormat
 
 _functions = make_functions()
 globals().update(_functions)
 
 __version__: str = library.version()
-__all__ = ["BFloat16Bits", "QuantFormat", "bfloat16_bits", "cpu_level", "get_num_threads", "set_num_threads"]
-__all__ += sorted(_functions)
+__all__ = ["BFloat16Bits", "BitmapFormat", "QuantFormat", "bfloat16_bits"]
+__all__ += ["cpu_level", "get_num_threads", "set_num_threads", *sorted(_functions)]
 
 
 def cpu_level() -> str:

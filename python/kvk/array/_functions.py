@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvk.array._arrays import IMMUTABLE, BFloat16Bits, empty, finished, handed, root_of, stream_of
+from kvk.array._format_classes import dtype_name
 from kvk.array._library import library
 
 _REQUIRED = inspect.Parameter.empty
@@ -42,14 +43,6 @@ def _schemas() -> dict[str, tuple[list[Argument], str]]:
             text,
         )
     return found
-
-
-def _dtype_name(dtype: Any) -> str:
-    """ "float16" of a string, a NumPy dtype or scalar type, or torch.float16."""
-    if isinstance(dtype, str):
-        return dtype
-    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
-    return str(name).removeprefix("torch.")
 
 
 class Function:
@@ -118,7 +111,7 @@ class Function:
                     f"kvk::{self.name}: {argument.name} is written, and arrays of {root_of(source)} cannot be"
                 )
             return handed(value)
-        return _dtype_name(value) if argument.type == "ScalarType" else value
+        return dtype_name(value) if argument.type == "ScalarType" else value
 
 
 def make_functions() -> dict[str, Callable[..., Any]]:

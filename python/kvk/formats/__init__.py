@@ -1,7 +1,7 @@
 """Formats of compressed pages: what a record of one page and kv head holds, and where (docs/formats.md)."""
 
-from kvk.formats.quant import QuantFormat, QuantLayout
-from kvk.formats.sparse import BitmapFormat, BitmapLayout
+from .quant import QuantFormat, QuantLayout
+from .sparse import BitmapFormat, BitmapLayout
 
 __all__ = ["BitmapFormat", "BitmapLayout", "QuantFormat", "QuantLayout"]
 

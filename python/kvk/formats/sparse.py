@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from .quant import MAX_PAGE_SIZE
 
-from kvk.formats.quant import MAX_PAGE_SIZE
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16)
+NAMES = ("bfloat16", "float16")
+# torch's, where it is loaded, as it is with kvk; kvk.array has this file without torch, and goes by their names.
+DTYPES: tuple[Any, ...] = (
+    tuple(getattr(sys.modules["torch"], name) for name in NAMES) if "torch" in sys.modules else NAMES
+)
+
+
+def dtype_name(dtype: Any) -> str:
+    """ "float16" of a string, a NumPy dtype or scalar type, or torch.float16."""
+    if isinstance(dtype, str):
+        return dtype
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    return str(name).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,8 @@ class BitmapFormat:
         page_size: tokens of a page.
         head_dim: channels of a key, 32 to 256 in steps of 8.
         k_keep, v_keep: elements of a row that are kept, a multiple of 8 from 8 to the head dim.
-        dtype: of the kept values, bfloat16 or float16.
+        dtype: of the kept values, bfloat16 or float16: of torch or NumPy, or a name. Kept as that of torch, without torch as
+            the name.
         head_dim_v: channels of a value, default head_dim.
         k_rotate, v_rotate: 1 stores rows after an orthonormal Hadamard transform of the head dim, 0 as they are.
             Attention rotates q and rotates the output back.
@@ -47,7 +63,7 @@ class BitmapFormat:
     head_dim: int
     k_keep: int
     v_keep: int
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = DTYPES[0]
     head_dim_v: int = 0
     k_rotate: int = 0
     v_rotate: int = 0
@@ -57,8 +73,10 @@ class BitmapFormat:
             object.__setattr__(self, "head_dim_v", self.head_dim)
         if not 1 <= self.page_size <= MAX_PAGE_SIZE:
             raise ValueError(f"page_size must be 1 to {MAX_PAGE_SIZE}, got {self.page_size}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be torch.bfloat16 or torch.float16, got {self.dtype}")
+        name = dtype_name(self.dtype)
+        if name not in NAMES:
+            raise ValueError(f"dtype must be bfloat16 or float16, got {self.dtype}")
+        object.__setattr__(self, "dtype", DTYPES[NAMES.index(name)])
         self._check("k", "head_dim", self.head_dim)
         self._check("v", "head_dim_v", self.head_dim_v)
 
@@ -123,6 +141,8 @@ class BitmapFormat:
         self, num_pages: int, num_kv_heads: int, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
         """Uninitialised pools of records: uint8 [num_pages, num_kv_heads, k_record_bytes], and of V alike."""
+        import torch
+
         return (
             torch.empty(num_pages, num_kv_heads, self.k_record_bytes, dtype=torch.uint8, device=device),
             torch.empty(num_pages, num_kv_heads, self.v_record_bytes, dtype=torch.uint8, device=device),

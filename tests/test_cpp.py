@@ -233,7 +233,7 @@ def test_engine(engine: Path, tmp_path: Path) -> None:
 
 
 def test_engine_on_a_card(engine: Path) -> None:
-    """The same loop with a stream and memory of the CUDA runtime; tests/emulator/test_engine.cc tests what it queues."""
+    """The same loop with a stream and memory of the CUDA runtime; the emulator has what it queues (test_engine.cc)."""
     if not (engine / "engine_cuda").exists():
         pytest.skip("CMake finds no CUDA toolkit to build examples/cpp_engine/cuda.cc with")
     done = run([engine / "engine_cuda"], check=False)

@@ -49,8 +49,8 @@ class BitmapFormat:
         page_size: tokens of a page.
         head_dim: channels of a key, 32 to 256 in steps of 8.
         k_keep, v_keep: elements of a row that are kept, a multiple of 8 from 8 to the head dim.
-        dtype: of the kept values, bfloat16 or float16: of torch or NumPy, or a name. Kept as that of torch, without torch as
-            the name.
+        dtype: of the kept values, bfloat16 or float16: of torch or NumPy, or a name. Kept as torch has it, without
+            torch as the name.
         head_dim_v: channels of a value, default head_dim.
         k_rotate, v_rotate: 1 stores rows after an orthonormal Hadamard transform of the head dim, 0 as they are.
             Attention rotates q and rotates the output back.

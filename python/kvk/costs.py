@@ -130,6 +130,29 @@ def _block_sparse(a: Arguments) -> Cost:
     return Cost(moved, 2 * (q.shape[-1] + v.shape[-1]) * _visited(a), "read")
 
 
+def _backward(a: Arguments, forward: Cost) -> Cost:
+    """Of attention: scores and their gradient again, and a product for each of dq, dk and dv; out, lse and their gradients
+    are read, the gradients of q, k and v written."""
+    q, v = a["q"], a["v"]
+    dims = q.shape[-1] + v.shape[-1]
+    more = sum(map(_size, (q, a["k"], v, a["out"], a["lse"])))
+    return Cost(forward.bytes + more, forward.flops // dims * (dims + q.shape[-1] + dims), "read")
+
+
+def _block_sparse_backward(a: Arguments) -> Cost:
+    return _backward(a, _block_sparse(a))
+
+
+def _neighborhood_backward(a: Arguments) -> Cost:
+    return _backward(a, _neighborhood(a))
+
+
+def _merge_backward(a: Arguments) -> Cost:
+    """Parts are read and their gradients written; beside them the merged ones of `grad`."""
+    parts = _size(a["out"]) + _size(a["lse"])
+    return Cost(2 * parts + _size(a["grad_out"]) + _size(a["grad_lse"]), 4 * a["out"].numel(), "copy")
+
+
 def _vertical_slash(a: Arguments) -> Cost:
     """Without FLOPs: what is seen depends on how bands and keys overlap."""
     q, v = a["q"], a["v"]
@@ -167,6 +190,15 @@ def _lightning(a: Arguments) -> Cost:
     decay = a.get("log_decay")
     moved = 2 * _size(q) + 2 * _size(v) + state + initial + (0 if decay is None else _size(decay))
     return Cost(moved, 4 * q.numel() * v.shape[3], "read")
+
+
+def _lightning_backward(a: Arguments) -> Cost:
+    """Of the recurrence: the states again, their gradient, and a product for each of q, k, v and a decay per state."""
+    q, v, decay = a["q"], a["v"], a.get("log_decay")
+    forward = _lightning(a)
+    gradients = 2 * _size(q) + _size(v) + (_size(decay) if decay is not None else 0)
+    products = 5 + (decay is not None and bool(a.get("decay_grad", True)))
+    return Cost(forward.bytes + gradients, 2 * products * q.numel() * v.shape[3], "read")
 
 
 def _lightning_decode(a: Arguments) -> Cost:
@@ -209,8 +241,11 @@ COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "paged_prefill": _paged,
     "append_kv": _append,
     "merge_states": _merge,
+    "merge_states_backward": _merge_backward,
     "block_sparse_attention": _block_sparse,
+    "block_sparse_attention_backward": _block_sparse_backward,
     "neighborhood_attention": _neighborhood,
+    "neighborhood_attention_backward": _neighborhood_backward,
     "vertical_slash_attention": _vertical_slash,
     "quant_decode": _records,
     "quant_prefill": _records,
@@ -225,5 +260,6 @@ COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "hadamard": _hadamard,
     "hadamard_": _hadamard,
     "lightning_attention": _lightning,
+    "lightning_attention_backward": _lightning_backward,
     "lightning_decode": _lightning_decode,
 }

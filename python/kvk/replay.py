@@ -24,11 +24,15 @@ FLOOR_ULPS = {torch.float32: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 @dataclass(frozen=True)
 class Expected:
-    """A result of the reference. plain: the same in plain torch of the kernel's dtype; None asks for equal bits."""
+    """A result of the reference. plain: the same in plain torch of the kernel's dtype; None asks for equal bits.
+
+    errors_of: what the scale of errors is the largest element of: the "row", the "tensor" (gradients, whose rows are
+    sums of terms that cancel), or the "element" itself where it is over 1 (lse).
+    """
 
     exact: Tensor
     plain: Tensor | None = None
-    per_row: bool = True
+    errors_of: str = "row"
 
 
 Results = dict[str, Tensor]
@@ -39,13 +43,16 @@ def _named(names: tuple[str, ...], results: Any) -> Results:
     return dict(zip(names, results if isinstance(results, tuple) else (results,), strict=True))
 
 
-def _both_ways(function: Callable[..., Any], names: tuple[str, ...], first: str) -> Reference:
+def _both_ways(
+    function: Callable[..., Any], names: tuple[str, ...], first: str, errors_of: str = "row"
+) -> Reference:
     """A reference that takes compute_dtype; `first` is the argument that gives the op its dtype."""
 
     def run(arguments: dict[str, Any]) -> dict[str, Expected]:
         exact = _named(names, function(**arguments))
         plain = _named(names, function(**arguments, compute_dtype=arguments[first].dtype))
-        return {name: Expected(exact[name], plain[name], per_row=name != "lse") for name in names}
+        scales = {name: "element" if name == "lse" else errors_of for name in names}
+        return {name: Expected(exact[name], plain[name], scales[name]) for name in names}
 
     return run
 
@@ -101,7 +108,20 @@ def _transform_in_place(arguments: dict[str, Any]) -> dict[str, Expected]:
     return {"x": result}
 
 
+def _lightning_backward(
+    *, decay_grad: bool = True, log_decay: Tensor | None = None, initial_state: Tensor | None = None, **other: Any
+) -> tuple[Tensor, ...]:
+    """What the op was not asked for is empty."""
+    *grads, decay, state = reference.lightning_attention_backward(
+        log_decay=log_decay, initial_state=initial_state, **{"grad_final_state": None, **other}
+    )
+    decay = decay if decay_grad and log_decay is not None else decay.new_empty(0)
+    return *grads, decay, state if initial_state is not None else state.new_empty(0)
+
+
 _ATTENTION = ("out", "lse")
+_GRADIENTS = ("dq", "dk", "dv")
+_LIGHTNING_GRADIENTS = ("grad_q", "grad_k", "grad_v", "grad_log_decay", "grad_initial_state")
 # Every op that can be replayed against a reference: its results and how to get them. Others run all the same.
 REFERENCES: dict[str, Reference] = {
     "paged_decode": _both_ways(reference.paged_decode, _ATTENTION, "q"),
@@ -118,6 +138,14 @@ REFERENCES: dict[str, Reference] = {
     "hadamard_": _transform_in_place,
     "lightning_attention": _both_ways(reference.lightning_attention, ("out", "final_state"), "q"),
     "lightning_decode": _both_ways(reference.lightning_decode, ("out", "state"), "q"),
+    "merge_states_backward": _both_ways(reference.merge_states_backward, ("grad", "grad_of_lse"), "out", "tensor"),
+    "block_sparse_attention_backward": _both_ways(
+        reference.block_sparse_attention_backward, _GRADIENTS, "q", "tensor"
+    ),
+    "neighborhood_attention_backward": _both_ways(
+        reference.neighborhood_attention_backward, _GRADIENTS, "q", "tensor"
+    ),
+    "lightning_attention_backward": _both_ways(_lightning_backward, _LIGHTNING_GRADIENTS, "q", "tensor"),
     "append_kv": _in_place(reference.append_kv, ("k_pages", "v_pages")),
     "quantize_pages": _in_place(_with_format(reference.quantize_pages), ("k_pool", "v_pool")),
     "dequantize_pages": _exact(_with_format(reference.dequantize_pages), ("k", "v")),
@@ -168,10 +196,12 @@ def compare(name: str, got: Tensor, want: Expected) -> Comparison:
     finite = torch.isfinite(exact)
     same = torch.where(finite, torch.isfinite(got), torch.isnan(exact) & torch.isnan(got) | (exact == got))
     safe = torch.where(finite, exact, 0.0)
-    if want.per_row and exact.dim() > 0:
-        scale = safe.abs().amax(-1, keepdim=True) if exact.shape[-1] else safe
-    else:
+    if want.errors_of == "element" or exact.dim() == 0:
         scale = safe.abs().clamp(min=1.0)
+    elif exact.numel() == 0:
+        scale = safe
+    else:
+        scale = safe.abs().amax(-1, keepdim=True) if want.errors_of == "row" else safe.abs().max()
     scale = torch.where(scale == 0, 1.0, scale)
 
     def error(x: Tensor) -> Tensor:

@@ -4,9 +4,16 @@ Each function takes the arguments of the op of the same name (without `out` and 
 `compute_dtype`. With the default, float64, it is the truth that kernels are measured against; with the dtype
 of the inputs it is the same computation as plain torch does it in that dtype, the yardstick of the error
 rule. Written to be read, not to be fast, and meant for the CPU.
+
+The op in place hadamard_ has no function of its own: `hadamard` says what it writes. All others have.
 """
 
 from kvk.reference.block_sparse import block_sparse_attention, vertical_slash_attention
+from kvk.reference.gradients import (
+    block_sparse_attention_backward,
+    merge_states_backward,
+    neighborhood_attention_backward,
+)
 from kvk.reference.hadamard import hadamard, hadamard_matrix
 from kvk.reference.lightning import lightning_attention, lightning_attention_backward, lightning_decode
 from kvk.reference.merge import merge_states
@@ -21,6 +28,7 @@ __all__ = [
     "append_kv",
     "axis_mask",
     "block_sparse_attention",
+    "block_sparse_attention_backward",
     "compress_pages",
     "decompress_pages",
     "dequantize",
@@ -32,7 +40,9 @@ __all__ = [
     "lightning_attention_backward",
     "lightning_decode",
     "merge_states",
+    "merge_states_backward",
     "neighborhood_attention",
+    "neighborhood_attention_backward",
     "neighborhood_mask",
     "paged_decode",
     "paged_prefill",

@@ -69,7 +69,8 @@ def hadamard(
     transpose: bool = False,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """out = scale * H x along the last dimension; see kvk.hadamard. Differentiable by ordinary autograd.
+    """out = scale * H x along the last dimension; see kvk.hadamard. Differentiable by ordinary autograd. The op
+    hadamard_ writes the same over x.
 
     H = H_m (x) H_2 (x) ... (x) H_2, multiplied factor by factor as explicit matrices.
 

@@ -94,19 +94,22 @@ def lightning_attention_backward(
     scale: float = 1.0,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradient by formula, in float64. With R the gradient of the state, from the last token to the first:
+    """The gradient by formula. With R the gradient of the state, from the last token to the first:
 
         R += scale * q dO^T;  dq = scale * S dO;  dk = R v;  dv = R^T k;  dg = exp(g) <R, S of before>;  R *= exp(g)
 
     Args:
         grad_out: [B, T, H, Dv]; grad_final_state: [N, H, Dk, Dv] or None for zeros; the others as the op's.
+        compute_dtype: as of lightning_attention.
 
     Returns:
-        (grad_q, grad_k, grad_v, grad_log_decay as [B, T, H], or summed to [H] where log_decay is, grad_initial_state).
+        (grad_q, grad_k, grad_v in compute_dtype, grad_log_decay as [B, T, H], or summed to [H] where log_decay is,
+        grad_initial_state; these two at least float32).
     """
-    work = torch.float64
-    q, k, v, grad_out = (x.to(work) for x in (q, k, v, grad_out))
+    work = torch.promote_types(compute_dtype, torch.float32)
+    q, k, v, grad_out = (x.to(compute_dtype).to(work) for x in (q, k, v, grad_out))
     decay = _decays(log_decay, q, work)
     starts = _states(initial_state, q, v, cu_seqlens, work)
     ends = _states(grad_final_state, q, v, cu_seqlens, work)
@@ -129,6 +132,7 @@ def lightning_attention_backward(
         grad_start[n] = r
     if log_decay is not None and log_decay.dim() == 1:
         grad_decay = grad_decay.sum((0, 1))
+    grad_q, grad_k, grad_v = (x.to(compute_dtype) for x in (grad_q, grad_k, grad_v))
     return grad_q, grad_k, grad_v, grad_decay, grad_start
 
 

@@ -297,6 +297,14 @@ def test_a_refused_call_replays_as_refused(tmp_path: Path, capsys) -> None:
     assert "refused: kvk::append_kv: slot_mapping: token 0 goes to slot 640" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_a_dtype_that_is_not_saved(dtype: torch.dtype, tmp_path: Path, capsys) -> None:
+    with kvk.recording(dump=tmp_path), pytest.raises(RuntimeError, match="a dtype that kvk does not know"):
+        kvk.hadamard(torch.ones(3, 32).to(dtype))
+    assert replay.main([str(next(tmp_path.iterdir()))]) == 2
+    assert "x is of a dtype that is not saved" in capsys.readouterr().err
+
+
 def test_bounds(tmp_path: Path, capfd) -> None:
     x = torch.randn(1000, 32)
     with kvk.recording(dump=tmp_path, max_calls=3):

@@ -57,7 +57,11 @@ class SavedCall:
     arguments: tuple[SavedArgument, ...]
 
     def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
-        """The saved tensors by name, with the strides they had. Rows that the call does not name are zeros."""
+        """The saved tensors by name, with the strides they had. Rows that the call does not name are zeros.
+
+        Raises:
+            SavedCallError: a tensor was of a dtype that is not saved, which an op refuses.
+        """
         with self.path.open("rb") as file:
             memory = mmap.mmap(
                 file.fileno(), 0, access=mmap.ACCESS_COPY
@@ -66,6 +70,8 @@ class SavedCall:
         found = {}
         for argument in self.arguments:
             if argument.name not in header:
+                if argument.is_tensor and argument.role != "output":
+                    raise SavedCallError(f"{self.path}: {argument.name} is of a dtype that is not saved")
                 continue
             entry = header[argument.name]
             begin, end = entry["data_offsets"]

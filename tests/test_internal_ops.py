@@ -23,7 +23,9 @@ OPS = torch.ops.kvk
 
 
 def test_all_are_documented() -> None:
-    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kvk::_")}
+    names = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kvk::_")
+    }
     text = (ROOT / "docs" / "adding-an-op.md").read_text()
     listed = set(re.findall(r"^\| `(_\w+)", text, re.MULTILINE)) | set(re.findall(r", `(_\w+)` \|", text))
     assert names == listed
@@ -36,7 +38,9 @@ def test_between_explain_begin_and_end_calls_are_noted_and_not_run() -> None:
     OPS.hadamard.out(x, out=out)
     OPS.hadamard.out(x, out=out)
     steps = json.loads(OPS._explain_end())
-    assert len(steps) == 2 and steps[0]["level"] == kvk.explain("hadamard", x, measure=False).steps[0]["level"]
+    assert (
+        len(steps) == 2 and steps[0]["level"] == kvk.explain("hadamard", x, measure=False).steps[0]["level"]
+    )
     assert (out == 7.0).all()
     OPS.hadamard.out(x, out=out)
     assert (out != 7.0).any()

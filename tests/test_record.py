@@ -89,6 +89,8 @@ def call_everything() -> None:
     rows, decay = torch.randn(3, 1, 20, 2, 16), -torch.rand(1, 20, 2)
     _, state = kvk.lightning_attention(*rows, decay, scale=0.25, cu_seqlens=torch.tensor([0, 7, 18]).int())
     OPS.lightning_attention_backward(rows[0], state[:1], *rows, decay, state[:1])
+    kvk.lightning_attention(*rows, None)
+    OPS.lightning_attention_backward(rows[0], None, *rows, None)
     kvk.lightning_decode(*rows[:, 0, :2], state, torch.tensor([1, -1]).int(), decay[0, :2])
     q, k_pool, v_pool, table, lens = quant = quant_arguments()
     dense = tuple(pages.half() for pages in pools(4, 32))

@@ -109,11 +109,11 @@ def _transform_in_place(arguments: dict[str, Any]) -> dict[str, Expected]:
 
 
 def _lightning_backward(
-    *, decay_grad: bool = True, log_decay: Tensor | None = None, initial_state: Tensor | None = None, **other: Any
+    *, decay_grad: bool = True, log_decay: Tensor | None, initial_state: Tensor | None = None, **other: Any
 ) -> tuple[Tensor, ...]:
     """What the op was not asked for is empty."""
     *grads, decay, state = reference.lightning_attention_backward(
-        log_decay=log_decay, initial_state=initial_state, **{"grad_final_state": None, **other}
+        log_decay=log_decay, initial_state=initial_state, **other
     )
     decay = decay if decay_grad and log_decay is not None else decay.new_empty(0)
     return *grads, decay, state if initial_state is not None else state.new_empty(0)
@@ -138,7 +138,9 @@ REFERENCES: dict[str, Reference] = {
     "hadamard_": _transform_in_place,
     "lightning_attention": _both_ways(reference.lightning_attention, ("out", "final_state"), "q"),
     "lightning_decode": _both_ways(reference.lightning_decode, ("out", "state"), "q"),
-    "merge_states_backward": _both_ways(reference.merge_states_backward, ("grad", "grad_of_lse"), "out", "tensor"),
+    "merge_states_backward": _both_ways(
+        reference.merge_states_backward, ("grad", "grad_of_lse"), "out", "tensor"
+    ),
     "block_sparse_attention_backward": _both_ways(
         reference.block_sparse_attention_backward, _GRADIENTS, "q", "tensor"
     ),

@@ -87,8 +87,11 @@ class SavedCall:
         return found
 
     def plain(self) -> dict[str, Any]:
-        """The arguments that are no tensors and were given."""
-        return {a.name: _plain(a.value) for a in self.arguments if not a.is_tensor and a.value is not None}
+        """The arguments that are no tensors and were given, and None where the op wants to be told so."""
+        schema = getattr(torch.ops.kvk, self.op).default._schema
+        wanted = {a.name for a in schema.arguments if not a.has_default_value()}
+        given = [a for a in self.arguments if not a.is_tensor and (a.value is not None or a.name in wanted)]
+        return {a.name: _plain(a.value) for a in given}
 
 
 def _plain(value: Any) -> Any:

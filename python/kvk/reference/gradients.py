@@ -95,7 +95,12 @@ def neighborhood_attention_backward(
 
 
 def merge_states_backward(
-    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *, compute_dtype: torch.dtype = torch.float64
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of merge_states in its parts: (of out in compute_dtype, of lse in that but at least float32)."""
     lse_dtype = torch.promote_types(compute_dtype, torch.float32)

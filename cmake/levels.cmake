@@ -5,6 +5,8 @@
 # local: an inline function compiled for AVX-512 can then never be the copy that an older machine runs.
 include(CheckCXXCompilerFlag)
 
+set(KVK_PRECOMPILED "\\.(gch|pch)$")  # CMake counts precompiled headers among a target's objects
+
 function(kvk_add_levels target sources out)
   set(levels base)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
@@ -43,6 +45,7 @@ function(kvk_add_levels target sources out)
     set(library kvk_level_${level})
     add_library(${library} OBJECT ${sources})
     target_link_libraries(${library} PRIVATE kvk_options)
+    target_precompile_headers(${library} PRIVATE <algorithm> <cmath> <experimental/simd> <memory> <vector>)
     target_compile_definitions(${library} PRIVATE KVK_LEVEL=${level} KVK_LEVEL_NAME="${${level}_name}")
     target_compile_options(${library} PRIVATE ${${level}_flags} -fno-math-errno -fno-trapping-math)
     if(level STREQUAL "base" AND levels MATCHES ";" AND NOT KVK_SANITIZE)
@@ -55,12 +58,12 @@ function(kvk_add_levels target sources out)
     if(KVK_SANITIZE)
       # The sanitizers' records do not survive localising. So here inline functions of the standard library may merge
       # across levels, which is no harm as long as the machine has every level of the build: `make sanitize` sees to it.
-      list(APPEND objects $<TARGET_OBJECTS:${library}>)
+      list(APPEND objects $<FILTER:$<TARGET_OBJECTS:${library}>,EXCLUDE,${KVK_PRECOMPILED}>)
       continue()
     endif()
     set(object ${CMAKE_CURRENT_BINARY_DIR}/${library}.o)
     add_custom_command(OUTPUT ${object}
-      COMMAND ${CMAKE_LINKER} -r --force-group-allocation -o ${object}.all $<TARGET_OBJECTS:${library}>
+      COMMAND ${CMAKE_LINKER} -r --force-group-allocation -o ${object}.all $<FILTER:$<TARGET_OBJECTS:${library}>,EXCLUDE,${KVK_PRECOMPILED}>
       COMMAND ${CMAKE_OBJCOPY} --keep-global-symbol=kvk_cpu_kernels_${level} ${object}.all ${object}
       DEPENDS ${library} $<TARGET_OBJECTS:${library}>
       COMMAND_EXPAND_LISTS VERBATIM COMMENT "Localising the symbols of ${${level}_name}")

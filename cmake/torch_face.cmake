@@ -27,6 +27,7 @@ add_library(kvk_torch MODULE
   csrc/torch/adapter.cc csrc/torch/device.cc csrc/torch/hadamard.cc csrc/torch/info.cc csrc/torch/paged.cc csrc/torch/quant.cc csrc/torch/quant_attention.cc csrc/torch/recorded.cc csrc/torch/runtime.cc $<TARGET_OBJECTS:kvk_objects> ${KVK_LEVEL_OBJECTS})
 target_link_libraries(kvk_torch PRIVATE kvk_options kvk_torch_stub Threads::Threads ${CMAKE_DL_LIBS})
 target_include_directories(kvk_torch SYSTEM PRIVATE ${KVK_TORCH_INCLUDE})
+target_precompile_headers(kvk_torch PRIVATE <torch/csrc/stable/library.h> <torch/csrc/stable/ops.h> <torch/csrc/stable/tensor.h>)
 target_compile_definitions(kvk_torch PRIVATE TORCH_TARGET_VERSION=${KVK_TORCH_MINIMUM})
 string(REPLACE ";" " " KVK_LEVELS_TEXT "${KVK_LEVEL_OBJECTS_NAMES}")
 set_source_files_properties(csrc/torch/info.cc PROPERTIES COMPILE_DEFINITIONS

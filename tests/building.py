@@ -54,6 +54,17 @@ def cmake_build(source: Path, build: Path, *options: str) -> None:
     run([tool("cmake"), "--build", build])
 
 
+def build_project(*options: str) -> Path:
+    """Builds more of the project in build/, where `make build` has left most of its objects; the folder."""
+    import torch
+
+    folder = ROOT / "build"
+    include = (Path(torch.__file__).parent / "include").resolve()
+    with lock("build"):
+        cmake_build(ROOT, folder, f"-DKVK_TORCH_INCLUDE={include}", *options)
+    return folder
+
+
 @contextmanager
 def lock(name: str) -> Iterator[None]:
     """One test process at a time; the others wait."""

@@ -21,7 +21,7 @@ import pytest
 import test_cuda_runtime
 import test_record
 import torch
-from building import ROOT, cmake_build, lock, run, tool
+from building import ROOT, build_project, run, tool
 from kvk import replay, saved
 from kvk_testing import assert_bit_equal
 from paged_cases import make_case
@@ -36,12 +36,8 @@ def module_folder() -> Path:
     """Where _array.*.so lies: built beside the C++ tests, or where KVK_ARRAY_LIBRARY says."""
     if "KVK_ARRAY_LIBRARY" in os.environ:
         return Path(os.environ["KVK_ARRAY_LIBRARY"]).parent
-    folder = ROOT / "build" / "cpp-tests"
-    include = Path(torch.__file__).parent / "include"
-    with lock("cpp-tests"):
-        options = ("-DKVK_BUILD_TESTS=ON", "-DKVK_BUILD_ARRAY=ON", f"-DKVK_TORCH_INCLUDE={include}")
-        cmake_build(ROOT, folder, *options, f"-DPython_EXECUTABLE={sys.executable}")
-    return folder
+    options = ("-DKVK_BUILD_TESTS=ON", "-DKVK_BUILD_ARRAY=ON")
+    return build_project(*options, f"-DPython_EXECUTABLE={sys.executable}")
 
 
 @pytest.fixture(scope="session")

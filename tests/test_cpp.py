@@ -11,12 +11,11 @@ from pathlib import Path
 
 import kvk
 import pytest
-import torch
-from building import ROOT, cmake_build, lock, run, tool
+from building import ROOT, build_project, cmake_build, run, tool
 from kvk import replay
 
 LEVELS = ["x86-64-v2", "x86-64-v3", "x86-64-v4"]
-PROGRAMS = ["errors", "merge", "paged", "sweep", "threads"]
+PROGRAMS = ["errors", "merge", "paged", "quant", "sweep", "threads"]
 HEADERS = sorted(path.name for path in (ROOT / "include" / "kvk").glob("*.h"))
 COMPILERS = [compiler for compiler in ("g++", "clang++") if shutil.which(compiler)]
 
@@ -32,12 +31,8 @@ x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="the levels
 
 @pytest.fixture(scope="session")
 def build() -> Path:
-    """The C++ tests and both libraries, built in build/cpp-tests."""
-    folder = ROOT / "build" / "cpp-tests"
-    include = Path(torch.__file__).parent / "include"
-    with lock("cpp-tests"):
-        cmake_build(ROOT, folder, "-DKVK_BUILD_TESTS=ON", f"-DKVK_TORCH_INCLUDE={include}")
-    return folder
+    """The C++ tests and both libraries."""
+    return build_project("-DKVK_BUILD_TESTS=ON")
 
 
 def program(build: Path, name: str) -> Path:

@@ -204,7 +204,7 @@ std::string kernel_type(DType dtype) {
 }
 
 std::vector<Kernel> default_kernels() {
-  std::vector<Kernel> kernels;
+  std::vector<Kernel> kernels = {{"kvk/device/append_kv.cuh", "kvk::device::append_kv_kernel<2>"}};
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const int head_dim : {64, 128, 256}) {
       for (const bool small : {false, true}) {
@@ -216,7 +216,6 @@ std::vector<Kernel> default_kernels() {
       kernels.push_back({kPrefillHeader, instance("clear_unowned_kernel", dtype, head_dim)});
     }
   }
-  kernels.push_back({"kvk/device/append_kv.cuh", "kvk::device::append_kv_kernel<2>"});
   for (const Kernel& kernel : check_kernels()) kernels.push_back(kernel);
   for (const Kernel& kernel : default_quant_kernels()) kernels.push_back(kernel);
   for (const DType dtype : {DType::bf16, DType::f16}) {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import kvk
 import pytest
+import torch
 from building import ROOT, build_project, cmake_build, run, tool
 from kvk import replay
 

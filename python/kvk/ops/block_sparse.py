@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from kvk.ops.paged import _both, _check_devices
+from kvk.ops._common import attention_results, call_attention, fake, no_results
 
 _ops = torch.ops.kvk
 
@@ -60,13 +60,14 @@ def block_sparse_attention(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
-    inputs = (q, k, v, row_ptr, col_idx, block_q, block_k, cu_seqlens_q, cu_seqlens_k, entry_bias)
-    options = {"causal": causal, "softmax_scale": softmax_scale}
-    if out is None and lse is None:
-        return _ops.block_sparse_attention(*inputs, **options)
-    out, lse = _both("block_sparse_attention", out, lse)
-    _ops.block_sparse_attention.out(*inputs, **options, out=out, lse=lse)
-    return out, lse
+    return call_attention(
+        _ops.block_sparse_attention,
+        (q, k, v, row_ptr, col_idx, block_q, block_k, cu_seqlens_q, cu_seqlens_k, entry_bias),
+        out,
+        lse,
+        causal=causal,
+        softmax_scale=softmax_scale,
+    )
 
 
 def block_sparse_attention_backward(
@@ -126,40 +127,17 @@ def block_sparse_attention_backward(
     )
 
 
-@library.register_fake("kvk::block_sparse_attention")
-def _(
-    q,
-    k,
-    v,
-    row_ptr,
-    col_idx,
-    block_q,
-    block_k,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    entry_bias=None,
-    **options,
-):
-    _check_devices("block_sparse_attention", "q", q=q, k=k, v=v, row_ptr=row_ptr, col_idx=col_idx,
-                   cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, entry_bias=entry_bias)  # fmt: skip
-    out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+@fake("block_sparse_attention", "vertical_slash_attention")
+def _(q, v, **_):
+    return attention_results(q, v.shape[2])
 
 
-@library.register_fake("kvk::block_sparse_attention.out")
-def _(q, k, v, row_ptr, col_idx, block_q, block_k, cu_seqlens_q=None, cu_seqlens_k=None, entry_bias=None, *,
-      out, lse, **options):  # fmt: skip
-    _check_devices("block_sparse_attention", "q", q=q, k=k, v=v, row_ptr=row_ptr, col_idx=col_idx, out=out, lse=lse,
-                   cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, entry_bias=entry_bias)  # fmt: skip
-
-
-@library.register_fake("kvk::block_sparse_attention_backward")
-def _(grad_out, grad_lse, q, k, v, out, lse, row_ptr, col_idx, block_q, block_k, cu_seqlens_q=None,
-      cu_seqlens_k=None, entry_bias=None, **options):  # fmt: skip
-    _check_devices("block_sparse_attention_backward", "q", q=q, k=k, v=v, grad_out=grad_out, grad_lse=grad_lse,
-                   out=out, lse=lse, row_ptr=row_ptr, col_idx=col_idx, cu_seqlens_q=cu_seqlens_q,
-                   cu_seqlens_k=cu_seqlens_k, entry_bias=entry_bias)  # fmt: skip
+@fake("block_sparse_attention_backward")
+def _(q, k, v, **_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+fake("block_sparse_attention.out", "vertical_slash_attention.out")(no_results)
 
 
 def _save(ctx, inputs, keyword_only_inputs, output):
@@ -222,23 +200,12 @@ def vertical_slash_attention(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
-    options = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "softmax_scale": softmax_scale}
-    if out is None and lse is None:
-        return _ops.vertical_slash_attention(q, k, v, vertical, slash, **options)
-    out, lse = _both("vertical_slash_attention", out, lse)
-    _ops.vertical_slash_attention.out(q, k, v, vertical, slash, **options, out=out, lse=lse)
-    return out, lse
-
-
-@library.register_fake("kvk::vertical_slash_attention")
-def _(q, k, v, vertical, slash, *, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None):
-    _check_devices("vertical_slash_attention", "q", q=q, k=k, v=v, vertical=vertical, slash=slash,
-                   cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)  # fmt: skip
-    out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
-
-
-@library.register_fake("kvk::vertical_slash_attention.out")
-def _(q, k, v, vertical, slash, *, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, out, lse):
-    _check_devices("vertical_slash_attention", "q", q=q, k=k, v=v, vertical=vertical, slash=slash, out=out, lse=lse,
-                   cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)  # fmt: skip
+    return call_attention(
+        _ops.vertical_slash_attention,
+        (q, k, v, vertical, slash),
+        out,
+        lse,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        softmax_scale=softmax_scale,
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
+from kvk.ops._common import fake, no_results
+
 _ops = torch.ops.kvk
 
 
@@ -40,25 +42,12 @@ def hadamard(
     return out
 
 
-def _check_devices(x: Tensor, out: Tensor) -> None:
-    """One meta tensor among real ones routes the call here, past the kernels' own checks."""
-    if out.device != x.device:
-        raise RuntimeError(f"kvk::hadamard: out must be on {x.device} like x, got {out.device}")
-
-
-@library.register_fake("kvk::hadamard")
-def _(x, *, scale=None, transpose=False):
+@fake("hadamard")
+def _(x, **_):
     return x.new_empty(x.shape)
 
 
-@library.register_fake("kvk::hadamard.out")
-def _(x, *, scale=None, transpose=False, out):
-    _check_devices(x, out)
-
-
-@library.register_fake("kvk::hadamard_")
-def _(x, *, scale=None, transpose=False):
-    return None
+fake("hadamard.out", "hadamard_")(no_results)
 
 
 def _save_options(ctx, inputs, keyword_only_inputs, output):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from kvk.ops._common import fake, no_results
+
 _ops = torch.ops.kvk
 
 
@@ -164,64 +166,34 @@ def lightning_slopes(
     return torch.tensor(decays, dtype=torch.float32, device=device)
 
 
-def _check_devices(op: str, q: Tensor, **tensors: Tensor | None) -> None:
-    """One meta tensor among real ones routes the call here, past the kernels' own checks."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != q.device:
-            raise RuntimeError(f"kvk::{op}: {name} must be on {q.device} like q, got {tensor.device}")
-
-
 def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return q.new_empty((count, q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
 
 
-@library.register_fake("kvk::lightning_attention")
-def _(q, k, v, log_decay, initial_state=None, cu_seqlens=None, *, scale=1.0):
-    _check_devices("lightning_attention", q, k=k, v=v, log_decay=log_decay, initial_state=initial_state,
-                   cu_seqlens=cu_seqlens)  # fmt: skip
+@fake("lightning_attention")
+def _(q, v, cu_seqlens=None, **_):
     return v.new_empty(v.shape), _state_like(q, v, cu_seqlens)
 
 
-@library.register_fake("kvk::lightning_attention.out")
-def _(q, k, v, log_decay, initial_state=None, cu_seqlens=None, *, scale=1.0, out, final_state):
-    _check_devices("lightning_attention", q, k=k, v=v, log_decay=log_decay, initial_state=initial_state,
-                   cu_seqlens=cu_seqlens, out=out, final_state=final_state)  # fmt: skip
-
-
-@library.register_fake("kvk::lightning_attention_backward")
-def _(
-    grad_out,
-    grad_final_state,
-    q,
-    k,
-    v,
-    log_decay,
-    initial_state=None,
-    cu_seqlens=None,
-    *,
-    scale=1.0,
-    decay_grad=True,
-):
-    _check_devices("lightning_attention_backward", q, grad_out=grad_out, grad_final_state=grad_final_state, k=k, v=v,
-                   log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens)  # fmt: skip
-    nothing = q.new_empty(0, dtype=torch.float32)
-    decay = log_decay.new_empty(log_decay.shape) if decay_grad and log_decay is not None else nothing
-    state = (
-        _state_like(q, v, cu_seqlens) if initial_state is not None else q.new_empty(0, dtype=torch.float32)
+@fake("lightning_attention_backward")
+def _(q, k, v, log_decay, initial_state=None, cu_seqlens=None, decay_grad=True, **_):
+    with_decay = decay_grad and log_decay is not None
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        q.new_empty(log_decay.shape if with_decay else 0, dtype=torch.float32),
+        q.new_empty(0, dtype=torch.float32) if initial_state is None else _state_like(q, v, cu_seqlens),
     )
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), decay, state
 
 
-@library.register_fake("kvk::lightning_decode")
-def _(q, k, v, state, slots, log_decay, *, scale=1.0):
-    _check_devices("lightning_decode", q, k=k, v=v, state=state, slots=slots, log_decay=log_decay)
+@fake("lightning_decode")
+def _(v, **_):
     return v.new_empty(v.shape)
 
 
-@library.register_fake("kvk::lightning_decode.out")
-def _(q, k, v, state, slots, log_decay, *, scale=1.0, out):
-    _check_devices("lightning_decode", q, k=k, v=v, state=state, slots=slots, log_decay=log_decay, out=out)
+fake("lightning_attention.out", "lightning_decode.out")(no_results)
 
 
 def _save_inputs(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, library
 
-from kvk.ops.paged import _both, _check_devices
+from kvk.ops._common import attention_results, call_attention, fake, no_results
 
 _ops = torch.ops.kvk
 
@@ -53,17 +53,16 @@ def neighborhood_attention(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
-    options = {
-        "stride": _list(stride),
-        "dilation": _list(dilation),
-        "is_causal": _list(is_causal),
-        "softmax_scale": softmax_scale,
-    }
-    if out is None and lse is None:
-        return _ops.neighborhood_attention(q, k, v, _list(kernel_size), **options)
-    out, lse = _both("neighborhood_attention", out, lse)
-    _ops.neighborhood_attention.out(q, k, v, _list(kernel_size), **options, out=out, lse=lse)
-    return out, lse
+    return call_attention(
+        _ops.neighborhood_attention,
+        (q, k, v, _list(kernel_size)),
+        out,
+        lse,
+        stride=_list(stride),
+        dilation=_list(dilation),
+        is_causal=_list(is_causal),
+        softmax_scale=softmax_scale,
+    )
 
 
 def neighborhood_attention_backward(
@@ -119,22 +118,17 @@ def _list(value):
     return [int(x) for x in ((value,) if isinstance(value, int) else value)]
 
 
-@library.register_fake("kvk::neighborhood_attention")
-def _(q, k, v, kernel_size, **options):
-    _check_devices("neighborhood_attention", "q", q=q, k=k, v=v)
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=torch.float32)
+@fake("neighborhood_attention")
+def _(q, v, **_):
+    return attention_results(q, v.shape[-1])
 
 
-@library.register_fake("kvk::neighborhood_attention.out")
-def _(q, k, v, kernel_size, *, out, lse, **options):
-    _check_devices("neighborhood_attention", "q", q=q, k=k, v=v, out=out, lse=lse)
-
-
-@library.register_fake("kvk::neighborhood_attention_backward")
-def _(grad_out, grad_lse, q, k, v, out, lse, kernel_size, **options):
-    _check_devices("neighborhood_attention_backward", "q", q=q, k=k, v=v, grad_out=grad_out, grad_lse=grad_lse,
-                   out=out, lse=lse)  # fmt: skip
+@fake("neighborhood_attention_backward")
+def _(q, k, v, **_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+fake("neighborhood_attention.out")(no_results)
 
 
 def _save(ctx, inputs, keyword_only_inputs, output):

@@ -5,10 +5,10 @@ Shapes: B requests, T packed query tokens, Hq / Hkv query / kv heads, D / Dv hea
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, library
+
+from kvk.ops._common import attention_results, both, call_attention, fake, no_results
 
 _ops = torch.ops.kvk
 
@@ -57,7 +57,11 @@ def paged_decode(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
-    options = _given(
+    return call_attention(
+        _ops.paged_decode,
+        (q, k_pages, v_pages, page_indices, kv_lens),
+        out,
+        lse,
         page_indptr=page_indptr,
         softmax_scale=softmax_scale,
         window_left=window_left,
@@ -66,11 +70,6 @@ def paged_decode(
         sinks=sinks,
         key_bias=key_bias,
     )
-    if out is None and lse is None:
-        return _ops.paged_decode(q, k_pages, v_pages, page_indices, kv_lens, **options)
-    out, lse = _both("paged_decode", out, lse)
-    _ops.paged_decode.out(q, k_pages, v_pages, page_indices, kv_lens, **options, out=out, lse=lse)
-    return out, lse
 
 
 def paged_prefill(
@@ -116,7 +115,11 @@ def paged_prefill(
     Raises:
         RuntimeError: as in :func:`paged_decode`.
     """
-    options = _given(
+    return call_attention(
+        _ops.paged_prefill,
+        (q, qo_indptr, k_pages, v_pages, page_indices, kv_lens),
+        out,
+        lse,
         page_indptr=page_indptr,
         causal=causal,
         softmax_scale=softmax_scale,
@@ -128,11 +131,6 @@ def paged_prefill(
         mask_bits=mask_bits,
         mask_width=mask_width,
     )
-    if out is None and lse is None:
-        return _ops.paged_prefill(q, qo_indptr, k_pages, v_pages, page_indices, kv_lens, **options)
-    out, lse = _both("paged_prefill", out, lse)
-    _ops.paged_prefill.out(q, qo_indptr, k_pages, v_pages, page_indices, kv_lens, **options, out=out, lse=lse)
-    return out, lse
 
 
 def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
@@ -171,90 +169,27 @@ def merge_states(
     """
     if merged_out is None and merged_lse is None:
         return _ops.merge_states(out, lse)
-    merged_out, merged_lse = _both("merge_states", merged_out, merged_lse, "merged_")
+    merged_out, merged_lse = both("merge_states", merged_out, merged_lse, "merged_")
     _ops.merge_states.out(out, lse, merged_out=merged_out, merged_lse=merged_lse)
     return merged_out, merged_lse
 
 
-# The scalar defaults of the schemas. Arguments that a call leaves at their default are not handed to the dispatcher:
-# parsing each keyword costs it about half a microsecond.
-_DEFAULTS = {"causal": True, "window_left": -1, "logits_soft_cap": 0.0, "mask_width": -1}
+@fake("paged_decode", "paged_prefill")
+def _(q, v_pages, **_):
+    return attention_results(q, v_pages.shape[3])
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in options.items()
-        if value is not None and not (name in _DEFAULTS and value == _DEFAULTS[name])
-    }
-
-
-def _both(op: str, out: Tensor | None, lse: Tensor | None, prefix: str = "") -> tuple[Tensor, Tensor]:
-    if out is None or lse is None:
-        missing = f"{prefix}{'out' if out is None else 'lse'}"
-        raise RuntimeError(f"kvk::{op}: {prefix}out and {prefix}lse go together, got no {missing}")
-    return out, lse
-
-
-def _check_devices(op: str, first: str, **tensors: Any) -> None:
-    """One meta tensor among real ones routes the call here, past the kernels' own checks."""
-    device = tensors[first].device
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.device != device:
-            raise RuntimeError(f"kvk::{op}: {name} must be on {device} like {first}, got {tensor.device}")
-
-
-def _attention_fake(q: Tensor, v_pages: Tensor) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((q.shape[0], q.shape[1], v_pages.shape[3]))
-    return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
-
-
-@library.register_fake("kvk::paged_decode")
-def _(q, k_pages, v_pages, page_indices, kv_lens, **options):
-    _check_devices("paged_decode", "q", q=q, k_pages=k_pages, v_pages=v_pages, page_indices=page_indices,
-                   kv_lens=kv_lens, **options)  # fmt: skip
-    return _attention_fake(q, v_pages)
-
-
-@library.register_fake("kvk::paged_prefill")
-def _(q, qo_indptr, k_pages, v_pages, page_indices, kv_lens, **options):
-    _check_devices("paged_prefill", "q", q=q, qo_indptr=qo_indptr, k_pages=k_pages, v_pages=v_pages,
-                   page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
-    return _attention_fake(q, v_pages)
-
-
-@library.register_fake("kvk::paged_decode.out")
-def _(q, k_pages, v_pages, page_indices, kv_lens, **options):
-    _check_devices("paged_decode", "q", q=q, k_pages=k_pages, v_pages=v_pages, page_indices=page_indices,
-                   kv_lens=kv_lens, **options)  # fmt: skip
-
-
-@library.register_fake("kvk::paged_prefill.out")
-def _(q, qo_indptr, k_pages, v_pages, page_indices, kv_lens, **options):
-    _check_devices("paged_prefill", "q", q=q, qo_indptr=qo_indptr, k_pages=k_pages, v_pages=v_pages,
-                   page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
-
-
-@library.register_fake("kvk::append_kv")
-def _(k, v, k_pages, v_pages, slot_mapping):
-    _check_devices("append_kv", "k", k=k, v=v, k_pages=k_pages, v_pages=v_pages, slot_mapping=slot_mapping)
-
-
-@library.register_fake("kvk::merge_states")
+@fake("merge_states")
 def _(out, lse):
-    _check_devices("merge_states", "out", out=out, lse=lse)
     return out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:], dtype=torch.float32)
 
 
-@library.register_fake("kvk::merge_states.out")
-def _(out, lse, *, merged_out, merged_lse):
-    _check_devices("merge_states", "out", out=out, lse=lse, merged_out=merged_out, merged_lse=merged_lse)
-
-
-@library.register_fake("kvk::merge_states_backward")
-def _(grad_out, grad_lse, out, lse):
-    _check_devices("merge_states_backward", "out", grad_out=grad_out, grad_lse=grad_lse, out=out, lse=lse)
+@fake("merge_states_backward")
+def _(out, lse, **_):
     return out.new_empty(out.shape), lse.new_empty(lse.shape, dtype=torch.float32)
+
+
+fake("paged_decode.out", "paged_prefill.out", "append_kv", "merge_states.out")(no_results)
 
 
 def _save_parts(ctx, inputs, output):

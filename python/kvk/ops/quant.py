@@ -5,12 +5,11 @@ Shapes: N pages of P tokens, Hkv kv heads, D / Dv head dims of K / V.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from kvk.formats.quant import QuantFormat
+from kvk.ops._common import fake, no_results
 
 _ops = torch.ops.kvk
 
@@ -137,45 +136,24 @@ def dequantize(
     return _ops.dequantize(codes, scale, min, bits, group, axis, dtype=dtype)
 
 
-def _check_devices(op: str, first: str, **tensors: Any) -> None:
-    """One meta tensor among real ones routes the call here, past the kernels' own checks."""
-    device = tensors[first].device
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            raise RuntimeError(f"kvk::{op}: {name} must be on {device} like {first}, got {tensor.device}")
+fake("quantize_pages")(no_results)
 
 
-_format_of = QuantFormat.from_numbers
-
-
-@library.register_fake("kvk::quantize_pages")
-def _(k_pages, v_pages, src, k_pool, v_pool, dst, fmt, *, k_clip=1.0, v_clip=1.0, k_permutation=None):
-    _check_devices("quantize_pages", "k_pages", k_pages=k_pages, v_pages=v_pages, src=src, k_pool=k_pool,
-                   v_pool=v_pool, dst=dst, k_permutation=k_permutation)  # fmt: skip
-
-
-@library.register_fake("kvk::dequantize_pages")
-def _(k_pool, v_pool, ids, fmt, dtype, *, k_permutation=None):
-    _check_devices(
-        "dequantize_pages", "k_pool", k_pool=k_pool, v_pool=v_pool, ids=ids, k_permutation=k_permutation
-    )
-    form = _format_of(fmt)
+@fake("dequantize_pages")
+def _(k_pool, ids, fmt, dtype, **_):
+    form = QuantFormat.from_numbers(fmt)
     shape = (ids.shape[0], form.page_size, k_pool.shape[1])
-    return (
-        k_pool.new_empty((*shape, form.head_dim), dtype=dtype),
-        k_pool.new_empty((*shape, form.head_dim_v), dtype=dtype),
-    )
+    return tuple(k_pool.new_empty((*shape, dim), dtype=dtype) for dim in (form.head_dim, form.head_dim_v))
 
 
-@library.register_fake("kvk::quantize")
-def _(x, bits, group, axis=-1, *, clip=1.0):
+@fake("quantize")
+def _(x, bits, group, axis=-1, **_):
     scales = list(x.shape)
     scales[axis] = scales[axis] // group
     codes = x.new_empty((*x.shape[:-1], x.shape[-1] * bits // 8), dtype=torch.uint8)
     return codes, x.new_empty(scales, dtype=torch.float16), x.new_empty(scales, dtype=torch.float16)
 
 
-@library.register_fake("kvk::dequantize")
-def _(codes, scale, min, bits, group, axis=-1, *, dtype=torch.float32):
-    _check_devices("dequantize", "codes", codes=codes, scale=scale, min=min)
+@fake("dequantize")
+def _(codes, bits, dtype=torch.float32, **_):
     return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 8 // bits), dtype=dtype)

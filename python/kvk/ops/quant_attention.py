@@ -6,10 +6,10 @@ Shapes as in kvk.ops.paged; N pages of records, M dense pages.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from kvk.formats.quant import QuantFormat
-from kvk.ops.paged import _both, _check_devices, _given
+from kvk.ops._common import attention_results, call_attention, fake, no_results
 
 _ops = torch.ops.kvk
 
@@ -65,7 +65,11 @@ def quant_decode(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
-    options = _given(
+    return call_attention(
+        _ops.quant_decode,
+        (q, k_pool, v_pool, page_indices, kv_lens, fmt.numbers),
+        out,
+        lse,
         k_pages=k_pages,
         v_pages=v_pages,
         page_indptr=page_indptr,
@@ -78,12 +82,6 @@ def quant_decode(
         sinks=sinks,
         key_bias=key_bias,
     )
-    args = (q, k_pool, v_pool, page_indices, kv_lens, fmt.numbers)
-    if out is None and lse is None:
-        return _ops.quant_decode(*args, **options)
-    out, lse = _both("quant_decode", out, lse)
-    _ops.quant_decode.out(*args, **options, out=out, lse=lse)
-    return out, lse
 
 
 def quant_prefill(
@@ -124,7 +122,11 @@ def quant_prefill(
     Raises:
         RuntimeError: as in :func:`quant_decode`.
     """
-    options = _given(
+    return call_attention(
+        _ops.quant_prefill,
+        (q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt.numbers),
+        out,
+        lse,
         k_pages=k_pages,
         v_pages=v_pages,
         page_indptr=page_indptr,
@@ -140,41 +142,11 @@ def quant_prefill(
         mask_bits=mask_bits,
         mask_width=mask_width,
     )
-    args = (q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt.numbers)
-    if out is None and lse is None:
-        return _ops.quant_prefill(*args, **options)
-    out, lse = _both("quant_prefill", out, lse)
-    _ops.quant_prefill.out(*args, **options, out=out, lse=lse)
-    return out, lse
 
 
-def _fake(q: Tensor, fmt: list[int]) -> tuple[Tensor, Tensor]:
-    head_dim_v = fmt[2]
-    out = q.new_empty((q.shape[0], q.shape[1], head_dim_v))
-    return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+@fake("quant_decode", "quant_prefill")
+def _(q, fmt, **_):
+    return attention_results(q, QuantFormat.from_numbers(fmt).head_dim_v)
 
 
-@library.register_fake("kvk::quant_decode")
-def _(q, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
-    _check_devices("quant_decode", "q", q=q, k_pool=k_pool, v_pool=v_pool, page_indices=page_indices,
-                   kv_lens=kv_lens, **options)  # fmt: skip
-    return _fake(q, fmt)
-
-
-@library.register_fake("kvk::quant_decode.out")
-def _(q, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
-    _check_devices("quant_decode", "q", q=q, k_pool=k_pool, v_pool=v_pool, page_indices=page_indices,
-                   kv_lens=kv_lens, **options)  # fmt: skip
-
-
-@library.register_fake("kvk::quant_prefill")
-def _(q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
-    _check_devices("quant_prefill", "q", q=q, qo_indptr=qo_indptr, k_pool=k_pool, v_pool=v_pool,
-                   page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
-    return _fake(q, fmt)
-
-
-@library.register_fake("kvk::quant_prefill.out")
-def _(q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
-    _check_devices("quant_prefill", "q", q=q, qo_indptr=qo_indptr, k_pool=k_pool, v_pool=v_pool,
-                   page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
+fake("quant_decode.out", "quant_prefill.out")(no_results)

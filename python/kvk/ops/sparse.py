@@ -6,10 +6,10 @@ Shapes: N pages of P tokens, Hkv kv heads, D / Dv head dims of K / V.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from kvk.formats.sparse import DTYPES, BitmapFormat
-from kvk.ops.paged import _check_devices
+from kvk.formats.sparse import BitmapFormat
+from kvk.ops._common import fake, no_results
 
 _ops = torch.ops.kvk
 
@@ -71,18 +71,13 @@ def decompress_pages(k_pool: Tensor, v_pool: Tensor, ids: Tensor, fmt: BitmapFor
     return _ops.decompress_pages(k_pool, v_pool, ids, fmt.numbers)
 
 
-@library.register_fake("kvk::compress_pages")
-def _(k_pages, v_pages, src, k_pool, v_pool, dst, fmt, *, k_select=None, v_select=None):
-    _check_devices("compress_pages", "k_pages", k_pages=k_pages, v_pages=v_pages, src=src, k_pool=k_pool,
-                   v_pool=v_pool, dst=dst, k_select=k_select, v_select=v_select)  # fmt: skip
+fake("compress_pages")(no_results)
 
 
-@library.register_fake("kvk::decompress_pages")
-def _(k_pool, v_pool, ids, fmt):
-    _check_devices("decompress_pages", "k_pool", k_pool=k_pool, v_pool=v_pool, ids=ids)
-    page_size, head_dim, head_dim_v, dtype = fmt[:4]
-    shape = (ids.shape[0], page_size, k_pool.shape[1])
-    return (
-        k_pool.new_empty((*shape, head_dim), dtype=DTYPES[dtype]),
-        k_pool.new_empty((*shape, head_dim_v), dtype=DTYPES[dtype]),
+@fake("decompress_pages")
+def _(k_pool, ids, fmt, **_):
+    form = BitmapFormat.from_numbers(fmt)
+    shape = (ids.shape[0], form.page_size, k_pool.shape[1])
+    return tuple(
+        k_pool.new_empty((*shape, dim), dtype=form.dtype) for dim in (form.head_dim, form.head_dim_v)
     )

@@ -6,10 +6,10 @@ Shapes as in kvk.ops.paged; N pages of records, M dense pages.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from kvk.formats.sparse import BitmapFormat
-from kvk.ops.paged import _both, _check_devices, _given
+from kvk.ops._common import attention_results, call_attention, fake, no_results
 
 _ops = torch.ops.kvk
 
@@ -60,7 +60,11 @@ def sparse_decode(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
-    options = _given(
+    return call_attention(
+        _ops.sparse_decode,
+        (q, k_pool, v_pool, page_indices, kv_lens, fmt.numbers),
+        out,
+        lse,
         k_pages=k_pages,
         v_pages=v_pages,
         page_indptr=page_indptr,
@@ -71,12 +75,6 @@ def sparse_decode(
         sinks=sinks,
         key_bias=key_bias,
     )
-    args = (q, k_pool, v_pool, page_indices, kv_lens, fmt.numbers)
-    if out is None and lse is None:
-        return _ops.sparse_decode(*args, **options)
-    out, lse = _both("sparse_decode", out, lse)
-    _ops.sparse_decode.out(*args, **options, out=out, lse=lse)
-    return out, lse
 
 
 def sparse_prefill(
@@ -115,7 +113,11 @@ def sparse_prefill(
     Raises:
         RuntimeError: as in :func:`sparse_decode`.
     """
-    options = _given(
+    return call_attention(
+        _ops.sparse_prefill,
+        (q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt.numbers),
+        out,
+        lse,
         k_pages=k_pages,
         v_pages=v_pages,
         page_indptr=page_indptr,
@@ -129,41 +131,11 @@ def sparse_prefill(
         mask_bits=mask_bits,
         mask_width=mask_width,
     )
-    args = (q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt.numbers)
-    if out is None and lse is None:
-        return _ops.sparse_prefill(*args, **options)
-    out, lse = _both("sparse_prefill", out, lse)
-    _ops.sparse_prefill.out(*args, **options, out=out, lse=lse)
-    return out, lse
 
 
-def _fake(q: Tensor, fmt: list[int]) -> tuple[Tensor, Tensor]:
-    head_dim_v = fmt[2]
-    out = q.new_empty((q.shape[0], q.shape[1], head_dim_v))
-    return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+@fake("sparse_decode", "sparse_prefill")
+def _(q, fmt, **_):
+    return attention_results(q, BitmapFormat.from_numbers(fmt).head_dim_v)
 
 
-@library.register_fake("kvk::sparse_decode")
-def _(q, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
-    _check_devices("sparse_decode", "q", q=q, k_pool=k_pool, v_pool=v_pool, page_indices=page_indices,
-                   kv_lens=kv_lens, **options)  # fmt: skip
-    return _fake(q, fmt)
-
-
-@library.register_fake("kvk::sparse_decode.out")
-def _(q, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
-    _check_devices("sparse_decode", "q", q=q, k_pool=k_pool, v_pool=v_pool, page_indices=page_indices,
-                   kv_lens=kv_lens, **options)  # fmt: skip
-
-
-@library.register_fake("kvk::sparse_prefill")
-def _(q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
-    _check_devices("sparse_prefill", "q", q=q, qo_indptr=qo_indptr, k_pool=k_pool, v_pool=v_pool,
-                   page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
-    return _fake(q, fmt)
-
-
-@library.register_fake("kvk::sparse_prefill.out")
-def _(q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt, **options):
-    _check_devices("sparse_prefill", "q", q=q, qo_indptr=qo_indptr, k_pool=k_pool, v_pool=v_pool,
-                   page_indices=page_indices, kv_lens=kv_lens, **options)  # fmt: skip
+fake("sparse_decode.out", "sparse_prefill.out")(no_results)

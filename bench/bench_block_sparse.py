@@ -1,4 +1,4 @@
-"""block_sparse_attention and its gradient against kvk's own dense attention and torch under the same mask.
+"""block_sparse_attention and its gradient, and vertical_slash_attention, beside kvk's own dense attention and torch's.
 
 Bound by multiply-adds: at 90% sparsity ten times quicker than dense is the bound. A tile of 64 rows unpacks its keys
 three times as often as the 192 rows of dense attention do.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from bench.harness import Measure
-from bench.masked_cases import BlockSparseCase, implementations
+from bench.masked_cases import BlockSparseCase, VerticalSlashCase, implementations
 
 CASES = [
     BlockSparseCase(
@@ -18,11 +18,11 @@ CASES = [
     for backward in (False, True)
     for dtype in ("f32", "bf16")
     for block in (64, 128)
-]
+] + [VerticalSlashCase(dtype, quick=dtype == "f32", headline=dtype == "f32") for dtype in ("f32", "bf16")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}")
-def bench_block_sparse(case: BlockSparseCase, measure: Measure) -> None:
+def bench_block_sparse(case: BlockSparseCase | VerticalSlashCase, measure: Measure) -> None:
     peers = implementations()
     if case.dtype != "f32":  # torch's 16-bit matrix products on a CPU without the instructions say nothing
         peers = peers[:2]

@@ -31,6 +31,7 @@ class SparseCase:
     quick: bool = False
     headline: bool = False
     bandwidth: ClassVar[str] = "read"
+    causal: ClassVar[bool] = False
 
     @property
     def tokens(self) -> int:
@@ -105,6 +106,61 @@ class BlockSparseCase(SparseCase):
         """The mask as flex_attention wants it."""
         blocks, size = self.block_mask, self.block
         return lambda b, h, q, k: blocks[q // size, k // size]
+
+
+@dataclass(frozen=True)
+class VerticalSlashCase(SparseCase):
+    """The first keys and random ones, the own diagonal and random ones: a head of MInference. Forward only."""
+
+    length: int = 4096
+    verticals: int = 64
+    slashes: int = 8
+    causal: ClassVar[bool] = True
+
+    @property
+    def op(self) -> str:
+        """The kvk op this case measures."""
+        return "vertical_slash_attention"
+
+    @property
+    def name(self) -> str:
+        """A label that is unique in the run."""
+        return f"{self.dtype}-{self.heads}h-{self.length}-d{self.head_dim}-{self.verticals}keys-{self.slashes}diagonals"
+
+    @property
+    def tokens(self) -> int:
+        """Of q and of k."""
+        return self.length
+
+    @cached_property
+    def lists(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """vertical and slash, int32 [1, 1, n]."""
+        generator = torch.Generator().manual_seed(self.length)
+        vertical, slash = (torch.randperm(self.length, generator=generator, dtype=torch.int32) for _ in "vs")
+        vertical[: min(4, self.verticals)] = torch.arange(min(4, self.verticals), dtype=torch.int32)
+        slash[0] = 0
+        return vertical[None, None, : self.verticals], slash[None, None, : self.slashes]
+
+    @property
+    def pairs(self) -> int:
+        """Of one head."""
+        return int(self.mask.sum())
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """bool [T, T]."""
+        from kvk.reference.block_sparse import vertical_slash_mask
+
+        return vertical_slash_mask(self.length, self.length, *(x[0, 0] for x in self.lists))
+
+    def make(self, seed: int) -> SparseData:
+        """Random q, k, v."""
+        return SparseData.draw(self, (self.length,), seed)
+
+    def visible(self) -> Callable[..., Any]:
+        """The mask as flex_attention wants it."""
+        mask = self.mask
+        return lambda b, h, q, k: mask[q, k]
 
 
 @dataclass(frozen=True)
@@ -232,6 +288,9 @@ class Kvk:
         import kvk
 
         case = data.case
+        if isinstance(case, VerticalSlashCase):
+            inputs = data.q[0], data.k[0], data.v[0]
+            return Prepared(lambda: kvk.vertical_slash_attention(*inputs, *case.lists), lambda result: result)
         if isinstance(case, NeighborhoodCase):
             inputs, rest = (data.q, data.k, data.v), (case.kernel,)
             forward, backward = kvk.neighborhood_attention, kvk.neighborhood_attention_backward
@@ -270,7 +329,7 @@ class KvkDense:
             torch.tensor([tokens], dtype=torch.int32),
             torch.tensor([0, tokens], dtype=torch.int32),
         )
-        return Prepared(lambda: kvk.paged_prefill(q, starts, k, v, table, lens, causal=False), None)
+        return Prepared(lambda: kvk.paged_prefill(q, starts, k, v, table, lens, causal=case.causal), None)
 
 
 class SdpaMasked:

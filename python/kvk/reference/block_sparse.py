@@ -89,16 +89,9 @@ def vertical_slash_attention(
     for b in range(len(starts_q) - 1):
         rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
         len_q, len_k = rows.stop - rows.start, keys.stop - keys.start
-        query, key = torch.arange(len_q)[:, None], torch.arange(len_k)[None, :]
-        position = query + len_k - len_q
-        first = query // 64 * 64 + len_k - len_q  # of the query's block
         for h in range(num_heads):
             of = b if vertical.shape[0] > 1 else 0, h if vertical.shape[1] > 1 else 0
-            seen = torch.isin(key, vertical[of]).expand(len_q, len_k).clone()
-            for s in slash[of].tolist():
-                if s >= 0:
-                    seen |= (key >= first - s) & (key < first - s + 64)
-            hidden = ~(seen & (key <= position))
+            hidden = ~vertical_slash_mask(len_q, len_k, vertical[of], slash[of])
             out[rows, h], lse[rows, h] = attend(
                 q[rows, h],
                 k[keys, h // group],
@@ -109,6 +102,18 @@ def vertical_slash_attention(
                 compute_dtype,
             )
     return out, lse
+
+
+def vertical_slash_mask(len_q: int, len_k: int, vertical: Tensor, slash: Tensor) -> Tensor:
+    """bool [len_q, len_k]: the keys that each query of one head sees, given its positions and distances (1-D)."""
+    query, key = torch.arange(len_q)[:, None], torch.arange(len_k)[None, :]
+    position = query + len_k - len_q
+    first = query // 64 * 64 + len_k - len_q  # of the query's block
+    seen = torch.isin(key, vertical).expand(len_q, len_k).clone()
+    for s in slash.tolist():
+        if s >= 0:
+            seen |= (key >= first - s) & (key < first - s + 64)
+    return seen & (key <= position)
 
 
 def attend(

@@ -13,6 +13,7 @@ NEEDS_A_MODEL = "kvk.demo.model"  # those examples run in test_demo.py
 EXAMPLES = [
     pytest.param(code, id=f"{name}-{number}")
     for name in (
+        "torch",
         "conventions",
         "page-tables",
         "hadamard",
@@ -34,7 +35,7 @@ EXAMPLES = [
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 17
+    assert len(EXAMPLES) == 18
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

@@ -131,8 +131,8 @@ def _block_sparse(a: Arguments) -> Cost:
 
 
 def _backward(a: Arguments, forward: Cost) -> Cost:
-    """Of attention: scores and their gradient again, and a product for each of dq, dk and dv; out, lse and their gradients
-    are read, the gradients of q, k and v written."""
+    """Of attention: scores and their gradient, and a product for each of dq, dk and dv; out, lse and their gradients are
+    read, the gradients of q, k and v written."""
     q, v = a["q"], a["v"]
     dims = q.shape[-1] + v.shape[-1]
     more = sum(map(_size, (q, a["k"], v, a["out"], a["lse"])))

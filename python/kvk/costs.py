@@ -131,7 +131,7 @@ def _block_sparse(a: Arguments) -> Cost:
 
 
 def _backward(a: Arguments, forward: Cost) -> Cost:
-    """Of attention: scores and their gradient, and a product for each of dq, dk and dv; out, lse and their gradients are
+    """Of attention: scores and their gradient, a product for each of dq, dk and dv; out, lse and their gradients are
     read, the gradients of q, k and v written."""
     q, v = a["q"], a["v"]
     dims = q.shape[-1] + v.shape[-1]

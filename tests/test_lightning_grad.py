@@ -45,39 +45,48 @@ def random_grads(case: LightningCase, with_final: bool, seed: int = 1):
     return grad_out, torch.randn(shape, generator=gen) if with_final else None
 
 
-def close_decays(got: torch.Tensor, exact: torch.Tensor) -> None:
-    """A sum of Dk * Dv products of both signs, whose rounding follows the size of the products and not that of their
-    sum: within 1e-5 of the largest among 16 tokens."""
-    got, exact = (x[None] if x.dim() == 1 else groups(x) for x in (got, exact))
-    scale = exact.abs().amax(-1, keepdim=True)
-    error = (got.double() - exact).abs()
-    assert (error <= 1e-5 * scale).all(), f"gradient of log_decay: error {(error / scale).max().item():.1e}"
+def rows(name: str, x: torch.Tensor) -> torch.Tensor:
+    """What the errors of a gradient are relative to the largest element of, as rows."""
+    if name == "initial_state":
+        return x.flatten(-2)
+    return x[None] if x.dim() == 1 else groups(x)
 
 
 def check(case: LightningCase, with_final: bool = True):
-    """Against the formula in float64; the yardstick is autograd through the recurrence in the case's dtype."""
+    """Against the formula in float64. The yardsticks are the formula and autograd through the recurrence, both in the
+    case's dtype: a decay's gradient is a sum of many products of both signs, which either may hit well by chance."""
     grads = random_grads(case, with_final)
     got = gradients(kvk.lightning_attention, case, *grads)
     args, named = case.args
     exact = reference.lightning_attention_backward(*grads, *args, **named)
-    plain = gradients(partial(reference.lightning_attention, compute_dtype=case.q.dtype), case, *grads)
-    for name, a, b, c in zip(NAMES, got, exact, plain, strict=True):
+    formula = reference.lightning_attention_backward(*grads, *args, **named, compute_dtype=case.q.dtype)
+    recurrence = gradients(partial(reference.lightning_attention, compute_dtype=case.q.dtype), case, *grads)
+    for name, a, b, *plain in zip(NAMES, got, exact, formula, recurrence, strict=True):
         if a is None:
             continue
         assert a.dtype == getattr(case, name).dtype
-        if name == "log_decay":
-            close_decays(a, b)
-            continue
-        shape = groups if name != "initial_state" else lambda x: x.flatten(-2)
-        assert_error_rule(shape(a), shape(b), shape(c), per_row=True, what=f"gradient of {name}")
+        plain = [rows(name, x) for x in plain]
+        assert_error_rule(rows(name, a), rows(name, b), plain, per_row=True, what=f"gradient of {name}")
     return got
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("dims", [(32, 24), (128, 64), (40, 72), (7, 5)])
-def test_dims_and_decays(dtype, decay, dims):
-    check(make_case(2, 100, 2, *dims, dtype=dtype, decay=decay))
+@pytest.mark.parametrize("dims", [(32, 24), (40, 72), (7, 5)])
+def test_dims_and_decays(decay, dims):
+    check(make_case(2, CHUNK + 10, 2, *dims, decay=decay))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_16_bit_inputs(dtype, decay):
+    check(make_case(2, CHUNK + 10, 2, 40, 24, dtype=dtype, decay=decay))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decay"), [(torch.float32, "mixed"), (torch.bfloat16, "strong"), (torch.float16, "head")]
+)
+def test_wide_heads(dtype, decay):
+    check(make_case(1, CHUNK + 10, 1, 128, 64, dtype=dtype, decay=decay))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
@@ -87,10 +96,12 @@ def test_lengths(tokens, with_final):
     check(make_case(1, tokens, 2, decay="head", state=False), with_final)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("decay", ["head", "token"])
+@pytest.mark.parametrize(
+    ("dtype", "decay"),
+    [(torch.float32, "head"), (torch.float32, "token"), (torch.bfloat16, "token"), (torch.float16, "head")],
+)
 def test_packed_sequences(dtype, decay):
-    starts = int32(0, 0, 1, CHUNK, 2 * CHUNK, 2 * CHUNK, 3 * CHUNK + 1)
+    starts = int32(0, 0, 1, CHUNK, CHUNK, 2 * CHUNK + 1)  # 0, 1, 63, 0 and 65 tokens
     tail = 4  # tokens of no sequence
     case = make_case(1, int(starts[-1]) + tail, 2, dtype=dtype, decay=decay, starts=starts)
     got = check(case)

@@ -64,11 +64,28 @@ inline void scale_columns(float* m, int rows, int columns, int ld, const float* 
   }
 }
 
+// Long sums are taken in pieces of this many products, and then of the pieces: the decays' gradient multiplies scores with
+// their gradients, whose errors a single chain of adds would make three times as large.
+constexpr int kPiece = 16;
+
+// C = AB, every sum in pieces.
+inline void multiply_in_pieces(const float* a, int lda, const float* b, int ldb, int rows, int cols, int depth,
+                               float* c, int ldc) {
+  multiply<Into::kSet>(a, lda, b, ldb, rows, cols, std::min(kPiece, depth), c, ldc);
+  for (int d = kPiece; d < depth; d += kPiece) {
+    multiply<Into::kAdd>(a + d, lda, b + d * ldb, ldb, rows, cols, std::min(kPiece, depth - d), c, ldc);
+  }
+}
+
 // out[c] = sum over r of a[r][c] * b[r][c]
 inline void dot_columns(const float* a, const float* b, int rows, int columns, int ld, float* out) {
   for (int c = 0; c < columns; c += W) {
     V sum = 0.0f;
-    for (int r = 0; r < rows; ++r) sum += load(a + r * ld + c) * load(b + r * ld + c);
+    for (int first = 0; first < rows; first += kPiece) {
+      V piece = 0.0f;
+      for (int r = first; r < std::min(first + kPiece, rows); ++r) piece += load(a + r * ld + c) * load(b + r * ld + c);
+      sum += piece;
+    }
     store(sum, out + c);
   }
 }
@@ -123,8 +140,8 @@ class Backward {
     // dA^T, rows j, lanes i >= j.
     for (int j = 0; j < tokens; j += kBlockRows) {
       const int rows = std::min(kBlockRows, tokens - j), from = j / kPanelWidth * kPanelWidth;
-      multiply<Into::kSet>(m_.v + j * m_.ldv, m_.ldv, gt + from, kTokenPitch, rows, kChunk - from, dv_,
-                           dat + j * kTokenPitch + from, kTokenPitch);
+      multiply_in_pieces(m_.v + j * m_.ldv, m_.ldv, gt + from, kTokenPitch, rows, kChunk - from, dv_,
+                         dat + j * kTokenPitch + from, kTokenPitch);
     }
     for (int j = 0; j < tokens; ++j) {
       float* row = dat + j * kTokenPitch;
@@ -139,7 +156,7 @@ class Backward {
     float factors[kChunk];
     for (int i = 0; i < kChunk; ++i) factors[i] = scale_ * decay_.since_start()[i];
     scale_columns(gt, dv_, kChunk, kTokenPitch, factors);
-    multiply<Into::kSet>(m_.state, m_.ldv, gt, kTokenPitch, dk_, kChunk, dv_, m_.grad, kTokenPitch);
+    multiply_in_pieces(m_.state, m_.ldv, gt, kTokenPitch, dk_, kChunk, dv_, m_.grad, kTokenPitch);
     if (wants_decay_) {
       load_rows(q_, first, item_.num_tokens, tokens, 0, dk_, m_.q, m_.ldk);
       transpose(m_.q, m_.ldk, tokens, dk_, m_.t2, kTokenPitch);
@@ -172,8 +189,8 @@ class Backward {
     // A and dA (without scale, which q has), rows i, lanes j <= i.
     for (int i = 0; i < tokens; i += kBlockRows) {
       const int rows = std::min(kBlockRows, tokens - i), at = i * kTokenPitch;
-      multiply<Into::kSet>(m_.q + i * m_.ldk, m_.ldk, kt, kTokenPitch, rows, i + rows, dk_, m_.a + at, kTokenPitch);
-      multiply<Into::kSet>(m_.g + i * m_.ldv, m_.ldv, vt, kTokenPitch, rows, i + rows, dv_, m_.da + at, kTokenPitch);
+      multiply_in_pieces(m_.q + i * m_.ldk, m_.ldk, kt, kTokenPitch, rows, i + rows, dk_, m_.a + at, kTokenPitch);
+      multiply_in_pieces(m_.g + i * m_.ldv, m_.ldv, vt, kTokenPitch, rows, i + rows, dv_, m_.da + at, kTokenPitch);
     }
     float crossing[kChunk], pairs[kChunk] = {};
     for (int i = tokens; i-- > 0;) crossing[i] = weigh(i, pairs);
@@ -190,7 +207,7 @@ class Backward {
 
     // dK, the part of the future first.
     scale_columns(vt, dv_, kChunk, kTokenPitch, decay_.to_end());
-    multiply<Into::kSet>(m_.state, m_.ldv, vt, kTokenPitch, dk_, kChunk, dv_, m_.grad, kTokenPitch);
+    multiply_in_pieces(m_.state, m_.ldv, vt, kTokenPitch, dk_, kChunk, dv_, m_.grad, kTokenPitch);
     if (wants_decay_) {
       float to_future[kChunk];
       dot_columns(kt, m_.grad, dk_, kChunk, kTokenPitch, to_future);

@@ -13,7 +13,8 @@ constexpr int64_t kStreamBlockBytes = 128 * 1024;
 constexpr int64_t kPageBytes = 4096;
 
 int32_t stream_block_keys(const PagedProblem& problem) {
-  if (problem.quant != nullptr) return kBlockKeys;  // groups of tokens stay whole; heads_per_tile() keeps a block small
+  if (problem.records != nullptr)
+    return kBlockKeys;  // groups of tokens stay whole; heads_per_tile() keeps a block small
   const int64_t row_bytes =
       element_size(problem.dtype) * problem.num_kv_heads * std::max(problem.head_dim, problem.head_dim_v);
   int32_t keys = kBlockKeys;
@@ -42,8 +43,8 @@ class Planner {
   int32_t heads_per_tile(int32_t heads, int64_t tile_tokens, int64_t split_len) const {
     if (p_.quant != nullptr && p_.quant->restored()) return p_.joint_heads;
     if (p_.list.per_head() || !heads_side_by_side(split_len == kStreamSplit)) return 1;
-    if (p_.quant != nullptr) {
-      const int64_t head_bytes = std::max(p_.quant->k_head_stride, p_.quant->v_head_stride) * kBlockKeys /
+    if (p_.records != nullptr) {
+      const int64_t head_bytes = std::max(p_.records->k_head_stride, p_.records->v_head_stride) * kBlockKeys /
                                  std::min<int64_t>(p_.page_size, kBlockKeys);
       heads = static_cast<int32_t>(std::clamp<int64_t>(kStreamBlockBytes / std::max<int64_t>(1, head_bytes), 1, heads));
     }
@@ -58,11 +59,11 @@ class Planner {
     return heads;
   }
 
-  // A quantized record holds one head, and the records of a page lie in a row; stream tiles alone walk them together.
+  // A record holds one head, and the records of a page lie in a row; stream tiles alone walk them together.
   bool heads_side_by_side(bool stream) const {
     if (p_.records == nullptr) return p_.k.head_stride <= p_.k.token_stride && p_.v.head_stride <= p_.v.token_stride;
-    return stream && p_.quant != nullptr && p_.quant->k_head_stride <= p_.quant->k_page_stride &&
-           p_.quant->v_head_stride <= p_.quant->v_page_stride;
+    return stream && p_.records->k_head_stride <= p_.records->k_page_stride &&
+           p_.records->v_head_stride <= p_.records->v_page_stride;
   }
 
   void request(int32_t b) {

@@ -39,14 +39,13 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
   }
 
   // A line of the records ahead at a time, all through the work on the present block.
-  Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int, int num_rows) const {
-    return prefetch(rows, scratch, begin * pools_.v_head_stride, &Piece::v, v_layout_,
-                    rows.count + (k_straight_ ? 0 : values_.score_steps(rows.count, num_rows)));
+  Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
+    return prefetch(rows, scratch, begin, end, pools_.v_head_stride, &Piece::v, v_layout_,
+                    score_steps(rows.count, num_rows));
   }
-  Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int, int num_rows) const {
-    return prefetch(rows, scratch, begin * pools_.k_head_stride, &Piece::k, k_layout_,
-                    v_straight_ ? sparse_accumulate_steps(rows.count, num_rows, p_.head_dim_v)
-                                : rows.count + values_.accumulate_steps(rows.count, num_rows));
+  Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
+    return prefetch(rows, scratch, begin, end, pools_.k_head_stride, &Piece::k, k_layout_,
+                    accumulate_steps(rows.count, num_rows));
   }
 
   void scores(const Rows& rows, int begin, int heads, const float* q, int ldq, int num_rows, float* s,
@@ -117,6 +116,15 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
   // Few rows, of decode: whether a call goes straight over the records depends on its shape alone.
   static bool straight(const PagedProblem& p, const BitmapPart& part, int dim) {
     return kSparseRows && part.keep < dim && p.qo_indptr == nullptr && p.group <= kMaxSparseRows;
+  }
+
+  // Steps of the prefetcher for one head.
+  int64_t score_steps(int keys, int num_rows) const {
+    return k_straight_ ? sparse_score_steps(keys, num_rows) : keys + values_.score_steps(keys, num_rows);
+  }
+  int64_t accumulate_steps(int keys, int num_rows) const {
+    return v_straight_ ? sparse_accumulate_steps(keys, num_rows, p_.head_dim_v)
+                       : keys + values_.accumulate_steps(keys, num_rows);
   }
 
   RowsApart record_rows(const uint8_t* record, const BitmapLayout& layout, int token, int count, int dim) const {
@@ -242,22 +250,25 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
     }
   }
 
-  static Prefetcher prefetch(const Rows& rows, const void** scratch, int64_t head, const void* Piece::* part,
-                             const BitmapLayout& layout, int64_t steps) {
+  // `steps` for each head.
+  Prefetcher prefetch(const Rows& rows, const void** scratch, int begin, int end, int64_t head_stride,
+                      const void* Piece::* part, const BitmapLayout& layout, int64_t steps) const {
     typename Mixed::Regions regions;
-    for (int i = 0; i < rows.num_pieces && rows.count > 0 && !regions.full(); ++i) {
+    for (int i = 0; i < rows.num_pieces && rows.count > 0; ++i) {
       const Piece& piece = rows.pieces[i];
       if (piece.dense) continue;
-      const uint8_t* record = static_cast<const uint8_t*>(piece.*part) + head;
-      const int64_t values = piece.count * layout.value_row_bytes, bitmaps = piece.count * layout.bitmap_row_bytes;
-      if (values == layout.bitmap_offset) {  // a whole record
-        regions.add(record, values + bitmaps);
-      } else {
-        regions.add(record + piece.offset * layout.value_row_bytes, values);
-        regions.add(record + layout.bitmap_offset + piece.offset * layout.bitmap_row_bytes, bitmaps);
+      const uint8_t* record = static_cast<const uint8_t*>(piece.*part) + begin * head_stride;
+      if (piece.count == p_.page_size && head_stride == layout.record_bytes) {
+        regions.add(record, (end - begin) * layout.record_bytes);
+        continue;
+      }
+      for (int h = begin; h < end && !regions.full(); ++h, record += head_stride) {
+        regions.add(record + piece.offset * layout.value_row_bytes, piece.count * layout.value_row_bytes);
+        regions.add(record + layout.bitmap_offset + piece.offset * layout.bitmap_row_bytes,
+                    piece.count * layout.bitmap_row_bytes);
       }
     }
-    return regions.prefetcher(scratch, steps, 16);
+    return regions.prefetcher(scratch, steps * (end - begin), 16);
   }
 
   DensePages<Value> values_;

@@ -1,10 +1,14 @@
 // Few query rows straight over rows of bitmaps, with AVX2: a group of eight channels is one byte shuffle from the record into a
-// vector of floats, multiplied at once. What it takes of instructions for eight channels: the bitmap's byte,
-// its table entry, its count, the next value's address, load, shuffle: 6, and a multiply-add for each query row. Vectors are of
-// eight floats at x86-64-v4 too: AVX-512 itself cannot put 16-bit elements apart, and VBMI2, which can (5.5 ns for 128 elements on
-// Zen 4 against 8.3, into memory), gains nothing over 8 to 9 ns for the shuffles and the products. Those are bound by three loads
-// and 8 instructions for a group, at 1.3 cycles; an index of all groups made beforehand took a load more, and longer.
+// vector of floats, multiplied at once. What it takes of instructions for eight channels: the bitmap's byte, its count, its
+// table entry's and the next value's address, load, shuffle: 6, and a multiply-add for each query row; 2 of the loads are of
+// vectors, of which Zen 4 makes 2 a cycle. Vectors are of eight floats at x86-64-v4 too, where 32 registers hold more sums:
+// AVX-512 itself cannot put 16-bit elements apart, and VBMI2, which can, takes longer on Zen 4 (11.6 ns against 8 for a row of
+// 128 and its products). An index of all groups made beforehand took longer as well.
 #pragma once
+
+#include <algorithm>
+#include <bit>
+#include <type_traits>
 
 #include "cpu/engine/dense.h"
 #include "cpu/simd_bitmap.h"
@@ -17,6 +21,37 @@ inline constexpr bool kSparseRows = true;
 inline constexpr bool kSparseRows = false;
 #endif
 inline constexpr int kMaxSparseRows = 4;  // more would put each row apart several times
+
+// Register blocks of four to eight accumulators, 16 where there are 32 registers. More keys share the loads of q; all bytes of
+// a row in one pass need no pointers kept from pass to pass.
+template <int kRows>
+inline constexpr int kDotKeys = kRows <= 2 || kManyRegisters ? 4 : 2;
+template <int kRows>
+inline constexpr int kSumBytes = (kManyRegisters ? 16 : 8) / std::bit_ceil(static_cast<unsigned>(kRows));
+inline constexpr int kSumStep = 8;  // rows between fetches
+
+// f(the number of query rows as a constant).
+template <class F>
+inline void with_sparse_rows(int num_rows, F&& f) {
+  switch (num_rows) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    default: return f(std::integral_constant<int, 4>());
+  }
+}
+
+// Steps of the prefetcher for `keys` of them.
+inline int64_t sparse_score_steps(int keys, int num_rows) {
+  int64_t steps = 0;
+  with_sparse_rows(num_rows, [&](auto n) { steps = keys / kDotKeys<n()>; });
+  return steps;
+}
+inline int64_t sparse_accumulate_steps(int keys, int num_rows, int dim) {
+  int64_t passes = 0;
+  with_sparse_rows(num_rows, [&](auto n) { passes = dim / (8 * kSumBytes<n()>)+dim / 8 % kSumBytes<n()>; });
+  return passes * ((keys + kSumStep - 1) / kSumStep);
+}
 
 #if defined(__AVX2__)
 
@@ -43,49 +78,57 @@ inline constexpr FloatShuffles kFloatShuffles;
 template <class Value>
 inline __m256 take_eight(uint64_t byte, const uint8_t*& values) {
   const auto* eight = reinterpret_cast<const __m128i_u*>(values);
+  __m256i bits;
+  if constexpr (std::is_same_v<Value, bf16>) {
+    asm("vbroadcasti128 %1, %0" : "=x"(bits) : "m"(*eight));
+  } else {
+    bits = _mm256_castsi128_si256(_mm_loadu_si128(eight));
+  }
   uint64_t count;
   asm("popcnt %1, %0" : "=r"(count) : "r"(byte) : "cc");
   values += 2 * count;
   if constexpr (std::is_same_v<Value, bf16>) {
-    __m256i both;
-    asm("vbroadcasti128 %1, %0" : "=x"(both) : "m"(*eight));
     const __m256i control = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFloatShuffles.apart[byte]));
-    return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, control));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(bits, control));
   } else {
     const __m128i control = _mm_load_si128(reinterpret_cast<const __m128i*>(kByteShuffles.apart[byte]));
-    return _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si128(eight), control));
+    return _mm256_cvtph_ps(_mm_shuffle_epi8(_mm256_castsi256_si128(bits), control));
   }
 }
 
-// s[r * kBlockKeys + j] = q_r . k_j for kRows rows and kKeys rows of a record; q in the order of memory. Several keys share the
-// loads of q: loads are what binds.
+// s[r * kBlockKeys + k] = q_r . row k for kRows rows of q and kKeys of a record; q in the order of memory.
 template <class Value, int kRows, int kKeys>
-inline void sparse_dots(const RowsApart& rows, int j, const float* q, int ldq, float* s) {
+inline void sparse_dots(const RowsApart& rows, const uint8_t* values, const uint8_t* bitmap, const float* q, int ldq,
+                        float* s) {
   constexpr int kSums = kRows * kKeys, kPadded = (kSums + 3) / 4 * 4;
-  const uint8_t *values[kKeys], *bitmap[kKeys];
+  const uint8_t *at[kKeys], *bits[kKeys];
   __m256 acc[kPadded];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kPadded; ++i) acc[i] = _mm256_setzero_ps();
 #pragma GCC unroll 4
   for (int k = 0; k < kKeys; ++k) {
-    values[k] = rows.values + (j + k) * rows.value_row_bytes;
-    bitmap[k] = rows.bitmap + (j + k) * rows.bitmap_row_bytes;
+    at[k] = values;
+    bits[k] = bitmap;
+    values += rows.value_row_bytes;
+    bitmap += rows.bitmap_row_bytes;
   }
-  for (int64_t d = 0; d < rows.dim; d += 8) {
+  const int64_t bytes = rows.dim / 8;
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < bytes; ++i, q += 8) {
     __m256 x[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      x[r] = _mm256_loadu_ps(q + r * ldq + d);
+      x[r] = _mm256_loadu_ps(q + r * ldq);
       asm("" : "+x"(x[r]));
     }
 #pragma GCC unroll 4
     for (int k = 0; k < kKeys; ++k) {
-      const __m256 eight = take_eight<Value>(*bitmap[k]++, values[k]);
+      const __m256 eight = take_eight<Value>(bits[k][i], at[k]);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) acc[r * kKeys + k] = _mm256_fmadd_ps(eight, x[r], acc[r * kKeys + k]);
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int i = 0; i < kPadded; i += 4) {
     const __m256 ab = _mm256_hadd_ps(acc[i], acc[i + 1]), cd = _mm256_hadd_ps(acc[i + 2], acc[i + 3]);
     const __m256 abcd = _mm256_hadd_ps(ab, cd);
@@ -93,7 +136,7 @@ inline void sparse_dots(const RowsApart& rows, int j, const float* q, int ldq, f
     _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 #pragma GCC unroll 4
     for (int e = 0; e < 4; ++e) {
-      if (i + e < kSums) s[(i + e) / kKeys * kBlockKeys + j + (i + e) % kKeys] = sums[e];
+      if (i + e < kSums) s[(i + e) / kKeys * kBlockKeys + (i + e) % kKeys] = sums[e];
     }
   }
 }
@@ -101,26 +144,19 @@ inline void sparse_dots(const RowsApart& rows, int j, const float* q, int ldq, f
 // s[r * kBlockKeys + j] for all of the rows.
 template <class Value, int kRows>
 inline void sparse_scores_rows(const RowsApart& rows, const float* q, int ldq, float* s, Prefetcher& ahead) {
-  constexpr int kKeys = kRows <= 2 ? 4 : 2;
+  constexpr int kKeys = kDotKeys<kRows>;
+  const uint8_t *values = rows.values, *bitmap = rows.bitmap;
   int j = 0;
   for (; j + kKeys <= rows.count; j += kKeys) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kKeys; ++k) ahead.step();
-    sparse_dots<Value, kRows, kKeys>(rows, j, q, ldq, s);
+    ahead.step();
+    sparse_dots<Value, kRows, kKeys>(rows, values, bitmap, q, ldq, s + j);
+    values += kKeys * rows.value_row_bytes;
+    bitmap += kKeys * rows.bitmap_row_bytes;
   }
   for (; j < rows.count; ++j) {
-    ahead.step();
-    sparse_dots<Value, kRows, 1>(rows, j, q, ldq, s);
-  }
-}
-
-template <class Value>
-inline void sparse_scores(const RowsApart& rows, const float* q, int ldq, int num_rows, float* s, Prefetcher& ahead) {
-  switch (num_rows) {
-    case 1: return sparse_scores_rows<Value, 1>(rows, q, ldq, s, ahead);
-    case 2: return sparse_scores_rows<Value, 2>(rows, q, ldq, s, ahead);
-    case 3: return sparse_scores_rows<Value, 3>(rows, q, ldq, s, ahead);
-    default: return sparse_scores_rows<Value, 4>(rows, q, ldq, s, ahead);
+    sparse_dots<Value, kRows, 1>(rows, values, bitmap, q, ldq, s + j);
+    values += rows.value_row_bytes;
+    bitmap += rows.bitmap_row_bytes;
   }
 }
 
@@ -129,38 +165,38 @@ template <class Value, int kRows, int kBytes>
 inline void sparse_sums(const RowsApart& rows, int d, const uint8_t** values, const float* p, const float* scale,
                         float* out, int ldo, Prefetcher& ahead) {
   __m256 acc[kRows][kBytes];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kRows * kBytes; ++i) acc[i / kBytes][i % kBytes] = _mm256_setzero_ps();
   const uint8_t* bitmap = rows.bitmap + d / 8;
-  for (int j = 0; j < rows.count; ++j, bitmap += rows.bitmap_row_bytes) {
+  for (int j = 0; j < rows.count;) {
     ahead.step();
-    const uint8_t* at = values[j];
-    __m256 weight[kRows];
+    const int end = std::min(j + kSumStep, rows.count);
+    for (; j < end; ++j, bitmap += rows.bitmap_row_bytes) {
+      const uint8_t* at = values[j];
+      __m256 weight[kRows];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) weight[r] = _mm256_set1_ps(p[r * kBlockKeys + j]);
-#pragma GCC unroll 8
-    for (int e = 0; e < kBytes; ++e) {
-      const __m256 x = take_eight<Value>(bitmap[e], at);
+      for (int r = 0; r < kRows; ++r) {
+        weight[r] = _mm256_set1_ps(p[r * kBlockKeys + j]);
+        asm("" : "+x"(weight[r]));
+      }
+#pragma GCC unroll 16
+      for (int e = 0; e < kBytes; ++e) {
+        const __m256 x = take_eight<Value>(bitmap[e], at);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) acc[r][e] = _mm256_fmadd_ps(weight[r], x, acc[r][e]);
+        for (int r = 0; r < kRows; ++r) acc[r][e] = _mm256_fmadd_ps(weight[r], x, acc[r][e]);
+      }
+      values[j] = at;
     }
-    values[j] = at;
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int e = 0; e < kBytes; ++e) {
       float* to = out + r * ldo + d + 8 * e;
       _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_loadu_ps(to), _mm256_set1_ps(scale[r]), acc[r][e]));
     }
   }
 }
-
-// Bytes of the bitmap in one pass over the rows: eight accumulators.
-template <int kRows>
-inline constexpr int kSumBytes = kRows == 1   ? 8
-                                 : kRows == 2 ? 4
-                                              : 2;
 
 template <class Value, int kRows>
 inline void sparse_accumulate_rows(const RowsApart& rows, const float* p, const float* scale, float* out, int ldo,
@@ -176,22 +212,16 @@ inline void sparse_accumulate_rows(const RowsApart& rows, const float* p, const 
 }
 
 template <class Value>
+inline void sparse_scores(const RowsApart& rows, const float* q, int ldq, int num_rows, float* s, Prefetcher& ahead) {
+  with_sparse_rows(num_rows, [&](auto n) { sparse_scores_rows<Value, n()>(rows, q, ldq, s, ahead); });
+}
+
+template <class Value>
 inline void sparse_accumulate(const RowsApart& rows, const float* p, const float* scale, int num_rows, float* out,
                               int ldo, Prefetcher& ahead) {
-  switch (num_rows) {
-    case 1: return sparse_accumulate_rows<Value, 1>(rows, p, scale, out, ldo, ahead);
-    case 2: return sparse_accumulate_rows<Value, 2>(rows, p, scale, out, ldo, ahead);
-    case 3: return sparse_accumulate_rows<Value, 3>(rows, p, scale, out, ldo, ahead);
-    default: return sparse_accumulate_rows<Value, 4>(rows, p, scale, out, ldo, ahead);
-  }
+  with_sparse_rows(num_rows, [&](auto n) { sparse_accumulate_rows<Value, n()>(rows, p, scale, out, ldo, ahead); });
 }
 
 #endif
-
-// Steps of the prefetcher in sparse_accumulate().
-inline int64_t sparse_accumulate_steps(int keys, int num_rows, int dim) {
-  const int columns = num_rows == 1 ? 64 : num_rows == 2 ? 32 : 16;
-  return int64_t{keys} * ((dim + columns - 1) / columns);
-}
 
 }  // namespace kvk::cpu::KVK_LEVEL

@@ -46,7 +46,7 @@ def runs(real_model: tuple[Any, Any]) -> list[measure.Result]:
     lm, tokenizer = real_model
     workload = text.make_workload(tokenizer, text.read_text(None), 160, [5, 21, 34])
     results: list[measure.Result] = []
-    for config in run.cache_configs():
+    for config in run.cache_configs(lm, workload.calibration):
         seen: list[int] = []
         forced = results[0].generated if results else None
         result = measure.run(lm, config, workload, chunk=48, num_decode=6, forced=forced, advance=seen.append)
@@ -82,9 +82,9 @@ def test_real_model_memory(runs: list[measure.Result]) -> None:
 
 def test_real_model_compressed(runs: list[measure.Result]) -> None:
     """The recipes lose little, in the order of their bits, and hold fewer bytes."""
-    reference, _, bf16, kivi4, kivi2, int4, half, seventy = runs
+    reference, _, bf16, kivi4, kivi2, int4, rotate2, half, seventy = runs
     assert int4.nbytes < 0.6 * bf16.nbytes  # KIVI's tail of 128 is most of this short workload
-    for result in (kivi4, kivi2, int4, half, seventy):
+    for result in (kivi4, kivi2, int4, rotate2, half, seventy):
         agreement = measure.compare(result, reference)
         assert agreement.ok and agreement.positions == 160 + 60 + 18
         assert agreement.loss == result.perplexity / reference.perplexity
@@ -103,19 +103,20 @@ def test_real_model_compressed(runs: list[measure.Result]) -> None:
 def test_demo_quick(real_model: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--quick", "--tokens", "4"]) == 0
     printed = capsys.readouterr().out
-    for config in run.cache_configs():
+    for config in run.cache_configs(real_model[0], torch.zeros(1, 8, dtype=torch.int64)):
         assert config.name in printed
     assert printed.count("agrees with torch") == 2 and "goes on after" in printed
-    assert printed.count("is as good as it should be") == 5
+    assert printed.count("is as good as it should be") == 6
 
 
 def test_demo_fails_when_results_differ(
     real_model: tuple[Any, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configs = [*run.cache_configs()[:2], run.cache_configs()[4]]
+    rows = run.cache_configs(real_model[0], torch.zeros(1, 8, dtype=torch.int64))
+    configs = [*rows[:2], rows[4]]
     configs[1] = dataclasses.replace(configs[1], max_error=1e-9)
     configs[2] = dataclasses.replace(configs[2], max_loss=1e-9)
-    monkeypatch.setattr(run, "cache_configs", lambda: configs)
+    monkeypatch.setattr(run, "cache_configs", lambda model, calibration: configs)
     assert run.main(["--quick", "--tokens", "1"]) == 1
     printed = capsys.readouterr().out
     assert "DOES NOT AGREE with torch" in printed and "LOSES MORE THAN IT SHOULD" in printed
@@ -179,9 +180,11 @@ class Characters:
 
 
 def test_workload() -> None:
-    workload = text.make_workload(Characters(), "".join(chr(i) for i in range(100, 200)), 40, [3, 10, 7])
+    workload = text.make_workload(Characters(), "".join(chr(i) for i in range(100, 200)), 40, [3, 10, 7], 15)
     assert workload.prefix.tolist() == [list(range(100, 140))]
     assert [len(s) for s in workload.suffixes] == [3, 10, 7] and workload.num_tokens == 60
+    assert workload.calibration.tolist() == [list(range(185, 200))]
+    assert max(s.max() for s in workload.suffixes) < 185
     ids, real = workload.padded(0)
     assert ids.shape == (3, 10) and real.sum(1).tolist() == [3, 10, 7]
     for row, suffix in enumerate(workload.suffixes):
@@ -193,7 +196,7 @@ def test_text_problems_are_said_plainly(tmp_path: Path) -> None:
     with pytest.raises(
         model.DemoUnavailable, match="the text has 30 tokens, the demo needs 50: use a longer --text"
     ):
-        text.make_workload(Characters(), "x" * 30, 40, [10])
+        text.make_workload(Characters(), "x" * 30, 40, [10], 0)
     with pytest.raises(model.DemoUnavailable, match=r"cannot read the text .*absent\.txt"):
         text.read_text(str(tmp_path / "absent.txt"))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

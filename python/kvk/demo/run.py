@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -19,14 +20,20 @@ from kvk.demo.text import Workload, make_workload, read_text
 PAGE_SIZE = 16
 
 
-def cache_configs() -> list[CacheConfig]:
-    """The rows of the table. The first is the reference that the others are compared with."""
+def cache_configs(model: Any, calibration: torch.Tensor) -> list[CacheConfig]:
+    """The rows of the table. The first is the reference that the others are compared with.
+
+    Args:
+        model: what they run.
+        calibration: int64 [1, C], tokens that no row is judged by; RotateKV orders its channels with them.
+    """
     from transformers import DynamicCache
 
     from kvk.integrations.transformers import KvkCache
     from kvk.recipes.kivi import kivi_cache
     from kvk.recipes.mustafar import mustafar_cache
     from kvk.recipes.rotated_int4 import rotated_int4_cache
+    from kvk.recipes.rotatekv import calibrate, rotatekv_cache
 
     def spread_dense(cache: Any, batch: int) -> Any:
         cache.batch_repeat_interleave(batch)  # a dense cache copies the prefix for each request
@@ -51,6 +58,10 @@ def cache_configs() -> list[CacheConfig]:
     def packed(name: str, new_cache: Callable[[], KvkCache], max_loss: float) -> CacheConfig:
         return CacheConfig(name, "kvk", new_cache, spread_paged, paged_bytes, max_loss=max_loss)
 
+    @functools.cache
+    def order() -> list[torch.Tensor]:
+        return calibrate(model, calibration)
+
     return [
         CacheConfig("torch sdpa f32", "sdpa", DynamicCache, spread_dense, dense_bytes),
         # f32 sums in another order: 2e-6 of the largest logit after 30 layers.
@@ -61,6 +72,7 @@ def cache_configs() -> list[CacheConfig]:
         packed("KIVI 4 bit", lambda: kivi_cache(4, dtype=torch.bfloat16), 1.02),
         packed("KIVI 2 bit", lambda: kivi_cache(2, dtype=torch.bfloat16), 1.35),
         packed("rotated int4", lambda: rotated_int4_cache(dtype=torch.bfloat16), 1.1),
+        packed("RotateKV 2 bit", lambda: rotatekv_cache(model, order(), 2, dtype=torch.bfloat16), 1.1),
         packed("Mustafar 50%", lambda: mustafar_cache(0.5), 1.1),
         packed("Mustafar 70%", lambda: mustafar_cache(0.7), 1.2),
     ]
@@ -156,7 +168,7 @@ def _run_all(
             workload.prefix[:, :16], use_cache=False
         )  # so that the first row does not pay for the first use
     with Progress(*columns, TimeElapsedColumn()) as progress:
-        configs = cache_configs()
+        configs = cache_configs(model, workload.calibration)
         tasks = [progress.add_task(config.name, total=total, start=False) for config in configs]
         for config, task in zip(configs, tasks, strict=True):
             progress.start_task(task)

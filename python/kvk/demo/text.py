@@ -25,10 +25,11 @@ def read_text(path: str | None) -> str:
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that begin with the same tokens and go on differently."""
+    """Requests that begin with the same tokens and go on differently, and tokens of the same text that no one has."""
 
     prefix: torch.Tensor  # int64 [1, P]
     suffixes: list[torch.Tensor]  # int64 [S_i] each, S_i differ
+    calibration: torch.Tensor  # int64 [1, C]
 
     @property
     def num_requests(self) -> int:
@@ -50,9 +51,11 @@ class Workload:
         return ids, real
 
 
-def make_workload(tokenizer: Any, text: str, prefix_tokens: int, suffix_tokens: list[int]) -> Workload:
-    """The first tokens of the text as the prefix, and later places of it, one per request, as suffixes."""
-    needed = prefix_tokens + sum(suffix_tokens)
+def make_workload(
+    tokenizer: Any, text: str, prefix_tokens: int, suffix_tokens: list[int], calibration_tokens: int = 256
+) -> Workload:
+    """The first tokens of the text as the prefix, later places, one per request, as suffixes, the last to calibrate."""
+    needed = prefix_tokens + sum(suffix_tokens) + calibration_tokens
     # An English token has about four characters; what is not needed is not tokenized.
     ids = tokenizer(text[: 40 * needed], return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) < needed:
@@ -63,4 +66,4 @@ def make_workload(tokenizer: Any, text: str, prefix_tokens: int, suffix_tokens: 
         start += spare
         suffixes.append(ids[start : start + length])
         start += length
-    return Workload(ids[None, :prefix_tokens], suffixes)
+    return Workload(ids[None, :prefix_tokens], suffixes, ids[None, len(ids) - calibration_tokens :])

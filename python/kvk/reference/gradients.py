@@ -19,79 +19,48 @@ def _leaf(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
     return x.detach().to(compute_dtype).requires_grad_()
 
 
-def _attention_backward(
-    attention: Callable[..., tuple[Tensor, Tensor]],
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    arguments: tuple[Any, ...],
-    compute_dtype: torch.dtype,
-    options: dict[str, Any],
-) -> Gradients:
+def _backward_of(attention: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Gradients]:
     """The gradient with p = exp(s - lse) for the given lse, and sum_k p dp for the given out: dO.O.
 
     out and lse are those of `attention`, or of more keys (a merge over branches), and constants here. With w = exp(its
     own lse - lse), `attention` gives the sum of p v as w out and that of p as w; the gradient is that of
     sum(dO w out) + sum(w (dlse - dO.O)).
     """
-    work = torch.promote_types(compute_dtype, torch.float32)
-    leaves = [_leaf(x, compute_dtype) for x in (q, k, v)]
-    own_out, own_lse = attention(*leaves, *arguments, compute_dtype=compute_dtype, **options)
-    grad_out, grad_lse, out, lse, own_out = (x.to(work) for x in (grad_out, grad_lse, out, lse, own_out))
-    seen = own_lse.detach() != -torch.inf
-    weight = torch.where(seen, torch.exp(own_lse.to(work) - torch.where(seen, lse, 0.0)), 0.0)
-    objective = (grad_out * weight[..., None] * own_out).sum()
-    objective = objective + (weight * (torch.where(seen, grad_lse, 0.0) - (grad_out * out).sum(-1))).sum()
-    if not objective.requires_grad:  # of no tokens
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    grads = torch.autograd.grad(objective, leaves, allow_unused=True, materialize_grads=True)
-    return grads[0], grads[1], grads[2]
 
+    def backward(
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *arguments: Any,
+        compute_dtype: torch.dtype = torch.float64,
+        **options: Any,
+    ) -> Gradients:
+        work = torch.promote_types(compute_dtype, torch.float32)
+        leaves = [_leaf(x, compute_dtype) for x in (q, k, v)]
+        own_out, own_lse = attention(*leaves, *arguments, compute_dtype=compute_dtype, **options)
+        grad_out, grad_lse, out, lse, own_out = (x.to(work) for x in (grad_out, grad_lse, out, lse, own_out))
+        seen = own_lse.detach() != -torch.inf
+        weight = torch.where(seen, torch.exp(own_lse.to(work) - torch.where(seen, lse, 0.0)), 0.0)
+        objective = (grad_out * weight[..., None] * own_out).sum()
+        objective = objective + (weight * (torch.where(seen, grad_lse, 0.0) - (grad_out * out).sum(-1))).sum()
+        if not objective.requires_grad:  # of no tokens
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grads = torch.autograd.grad(objective, leaves, allow_unused=True, materialize_grads=True)
+        return grads[0], grads[1], grads[2]
 
-def block_sparse_attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    row_ptr: Tensor,
-    col_idx: Tensor,
-    block_q: int,
-    block_k: int,
-    *,
-    compute_dtype: torch.dtype = torch.float64,
-    **options: Any,
-) -> Gradients:
-    """(dq, dk, dv) of block_sparse_attention for the given out and lse, in compute_dtype; the options are the op's."""
-    pattern = (row_ptr, col_idx, block_q, block_k)
-    return _attention_backward(
-        block_sparse_attention, grad_out, grad_lse, q, k, v, out, lse, pattern, compute_dtype, options
+    backward.__doc__ = (
+        f"(dq, dk, dv) of {attention.__name__} for the given out and lse, in compute_dtype; what comes after lse is as "
+        "the op has it."
     )
+    return backward
 
 
-def neighborhood_attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kernel_size: Any,
-    *,
-    compute_dtype: torch.dtype = torch.float64,
-    **options: Any,
-) -> Gradients:
-    """(dq, dk, dv) of neighborhood_attention for the given out and lse, in compute_dtype; the options are the op's."""
-    return _attention_backward(
-        neighborhood_attention, grad_out, grad_lse, q, k, v, out, lse, (kernel_size,), compute_dtype, options
-    )
+block_sparse_attention_backward = _backward_of(block_sparse_attention)
+neighborhood_attention_backward = _backward_of(neighborhood_attention)
 
 
 def merge_states_backward(

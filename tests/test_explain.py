@@ -78,6 +78,37 @@ def test_plan_of_prefill() -> None:
     assert found.cost is not None and found.cost.flops == 2 * dims * case.q.shape[1] * pairs
 
 
+def test_plan_of_attention_over_ordinary_tensors() -> None:
+    """A pass for the queries, and one for the keys of a gradient; tiles as run_grid has them."""
+    pattern = kvk.block_mask_to_csr(torch.ones(1, 1, 4, 4, dtype=torch.bool))
+    q, k, v = (torch.randn(256, heads, 64) for heads in (8, 2, 2))
+    with threads(2):
+        (step,) = kvk.explain("block_sparse_attention", q, k, v, *pattern, 64, 64, measure=False).steps
+        out, lse = kvk.block_sparse_attention(q, k, v, *pattern, 64, 64)
+        found = kvk.explain(
+            "block_sparse_attention_backward", out, lse, q, k, v, out, lse, *pattern, 64, 64, measure=False
+        )
+    assert (step["step"], step["pass"], step["block_columns"], step["workers"]) == (
+        "grid",
+        "attention",
+        64,
+        2,
+    )
+    assert step["tiles"] * step["rows_per_tile"] >= 256 * 8 and step["rows_per_tile"] <= 256
+    assert [s["pass"] for s in found.steps] == ["gradient of queries", "gradient of keys and values"]
+    assert "tiles of up to" in str(found) and "gradient of keys" in str(found)
+
+
+def test_plan_of_lightning_attention() -> None:
+    x = torch.randn(1, 200, 1, 128)
+    with threads(2):
+        found = kvk.explain("lightning_attention", x, x, x, None, measure=False)
+    (step,) = found.steps
+    assert (step["step"], step["chunk_tokens"], step["slices"], step["items"]) == ("chunks", 64, 4, 4)  # two for each thread
+    assert "4 slices of the columns of v, in chunks of 64 tokens" in str(found)
+    assert found.cost.flops == 4 * 200 * 128 * 128
+
+
 def test_window_limits_the_cost() -> None:
     case = make_case([5000], page_size=16)
     whole = kvk.explain("paged_decode", *case.args, measure=False)

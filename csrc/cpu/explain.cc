@@ -36,4 +36,22 @@ void explain_attention(explain::Notes& notes, const PagedProblem& problem, const
   notes.steps.push_back(json.str());
 }
 
+void explain_grid(explain::Notes& notes, const char* pass, int64_t tiles, int rows, int64_t scratch_bytes,
+                  int workers) {
+  std::ostringstream json;
+  json << "{\"step\": \"grid\", \"level\": \"" << cpu_level() << "\", \"pass\": \"" << pass
+       << "\", \"tiles\": " << tiles << ", \"rows_per_tile\": " << rows << ", \"block_columns\": " << kBlockKeys
+       << ", \"scratch_bytes\": " << scratch_bytes << ", \"workers\": " << workers << "}";
+  notes.steps.push_back(json.str());
+}
+
+void explain_chunks(explain::Notes& notes, int64_t items, int slices, int chunk_tokens, int64_t scratch_bytes,
+                    int workers) {
+  std::ostringstream json;
+  json << "{\"step\": \"chunks\", \"level\": \"" << cpu_level() << "\", \"items\": " << items
+       << ", \"slices\": " << slices << ", \"chunk_tokens\": " << chunk_tokens
+       << ", \"scratch_bytes\": " << scratch_bytes << ", \"workers\": " << workers << "}";
+  notes.steps.push_back(json.str());
+}
+
 }  // namespace kvk::cpu

@@ -14,12 +14,29 @@ int heads_per_tile(int group, int64_t tokens) {
   return static_cast<int>((group + parts - 1) / std::max<int64_t>(1, parts));
 }
 
+namespace {
+
+const char* name_of(GridPass pass) {
+  switch (pass) {
+    case GridPass::attention: return "attention";
+    case GridPass::query_gradient: return "gradient of queries";
+    case GridPass::key_gradient: return "gradient of keys and values";
+  }
+  return "";
+}
+
+}  // namespace
+
 void run_grid(GridPass pass, const GridProblem& problem, int64_t num_tiles, int max_rows,
               const std::function<std::unique_ptr<GridSchedule>()>& make, Threads& threads) {
   if (num_tiles == 0) return;
   const Kernels& level = kernels();
   const int workers = static_cast<int>(std::min<int64_t>(threads.count(), num_tiles));
   const int64_t scratch_bytes = (level.grid_scratch_bytes(pass, problem, max_rows) + 63) / 64 * 64;
+  if (explain::Notes* notes = explain::notes()) {
+    explain_grid(*notes, name_of(pass), num_tiles, max_rows, scratch_bytes, workers);
+    return;
+  }
   const Buffer scratch = allocate(scratch_bytes * workers);
   std::vector<std::unique_ptr<GridSchedule>> schedules;
   for (int i = 0; i < workers; ++i) schedules.push_back(make());

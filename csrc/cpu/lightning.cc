@@ -79,6 +79,16 @@ int workers_for(const Tensor& q, const Tensor& v, Threads& threads) {
   return work < kSerialWork ? 1 : threads.count();
 }
 
+// Whether the call is only explained, which this does.
+bool explained(const std::vector<LightningItem>& items, int slices, int64_t scratch_floats, int workers) {
+  explain::Notes* notes = explain::notes();
+  if (notes == nullptr) return false;
+  const auto count = static_cast<int64_t>(items.size());
+  workers = static_cast<int>(std::clamp<int64_t>(count, 1, workers));
+  explain_chunks(*notes, count, slices, kLightningChunk, scratch_floats * int64_t{sizeof(float)}, workers);
+  return true;
+}
+
 }  // namespace
 
 void lightning_attention(const LightningArgs& args, Threads& threads) {
@@ -86,12 +96,14 @@ void lightning_attention(const LightningArgs& args, Threads& threads) {
   const int dk = static_cast<int>(args.q.shape[3]), dv = static_cast<int>(args.v.shape[3]);
   const int workers = workers_for(args.q, args.v, threads);
   const int64_t heads = args.final_state.shape[0] * args.q.shape[2];
-  const auto items = items_of(args.q, args.v, args.cu_seqlens, slices_for(heads, workers, dv));
-  const Scratch scratch(level.lightning_scratch_floats(dk, dv), workers);
+  const int slices = slices_for(heads, workers, dv);
+  const auto items = items_of(args.q, args.v, args.cu_seqlens, slices);
+  const int64_t scratch_floats = level.lightning_scratch_floats(dk, dv);
+  if (explained(items, slices, scratch_floats, workers)) return;
+  const Scratch scratch(scratch_floats, workers);
   parallel_items(threads, workers, static_cast<int64_t>(items.size()), [&](int worker, int64_t i) {
     level.lightning_forward(args, items[static_cast<size_t>(i)], scratch.of(worker));
   });
-  if (explain::notes() != nullptr) return;
   clear_unowned(args.out, args.cu_seqlens);
 }
 
@@ -104,13 +116,14 @@ void lightning_attention_backward(const LightningBackwardArgs& args, Threads& th
   // Decays per head get one sum of each sequence, added in the order of the sequences.
   const bool per_head = args.grad_log_decay && args.grad_log_decay->ndim == 1;
   std::vector<double> sums(per_head ? items.size() : 0);
-  const Scratch scratch(level.lightning_backward_scratch_floats(dk, dv), workers);
+  const int64_t scratch_floats = level.lightning_backward_scratch_floats(dk, dv);
+  if (explained(items, 1, scratch_floats, workers)) return;
+  const Scratch scratch(scratch_floats, workers);
   parallel_items(threads, workers, static_cast<int64_t>(items.size()), [&](int worker, int64_t i) {
     const LightningItem& item = items[static_cast<size_t>(i)];
     double* sum = per_head ? &sums[static_cast<size_t>(item.sequence * heads + item.head)] : nullptr;
     level.lightning_backward(args, item, scratch.of(worker), sum);
   });
-  if (explain::notes() != nullptr) return;
   if (per_head) {
     for (int64_t h = 0; h < heads; ++h) {
       double sum = 0.0;

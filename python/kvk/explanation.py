@@ -71,8 +71,9 @@ class Explanation:
 
     Attributes:
         op: its name. device: "cpu", "cuda:0", or the card that was asked for.
-        steps: a dict for each thing that the call would do: "attention" (the CPU's plan), "loop" (work cut for the
-            CPU's threads) or "launch" (a kernel on a card).
+        steps: a dict for each thing that the call would do: "attention" (the CPU's plan over pages), "grid" (a pass
+            over ordinary tensors), "chunks" (lightning attention), "loop" (other work cut for the CPU's threads) or
+            "launch" (a kernel on a card).
         cost: the least bytes and FLOPs; None for an op that kvk.costs does not know.
         ceilings: as ceilings(); empty if none were asked for, or the card is not here.
     """
@@ -152,6 +153,17 @@ def _attention_text(s: dict[str, Any]) -> str:
 def _step_text(s: dict[str, Any]) -> str:
     if s["step"] == "attention":
         return _attention_text(s)
+    if s["step"] == "grid":
+        return (
+            f"{s['level']}, {s['workers']} threads: {s['pass']}, {s['tiles']} tiles of up to {s['rows_per_tile']} rows "
+            f"against blocks of {s['block_columns']} columns, {_scaled(s['scratch_bytes'])}B a thread"
+        )
+    if s["step"] == "chunks":
+        cut = f" in {s['slices']} slices of the columns of v" if s["slices"] > 1 else ""
+        return (
+            f"{s['level']}, {s['workers']} threads: {s['items']} items, each a head of a sequence{cut}, in chunks of "
+            f"{s['chunk_tokens']} tokens, {_scaled(s['scratch_bytes'])}B a thread"
+        )
     if s["step"] == "loop":
         return f"{s['level']}, {s['workers']} threads: {s['pieces']} pieces of work"
     return (

@@ -104,7 +104,8 @@ def test_plan_of_lightning_attention() -> None:
     with threads(2):
         found = kvk.explain("lightning_attention", x, x, x, None, measure=False)
     (step,) = found.steps
-    assert (step["step"], step["chunk_tokens"], step["slices"], step["items"]) == ("chunks", 64, 4, 4)  # two for each thread
+    assert (step["step"], step["chunk_tokens"]) == ("chunks", 64)
+    assert step["slices"] == step["items"] == 4  # two for each thread
     assert "4 slices of the columns of v, in chunks of 64 tokens" in str(found)
     assert found.cost.flops == 4 * 200 * 128 * 128
 

@@ -124,6 +124,20 @@ class TestSelection:
             page = x.view(dtype).view(1, -1, 1, dim)
             check(fmt, page, page, int32(0), int32(0), 1, 1)
 
+    @pytest.mark.parametrize("page_size", [7, 8, 9, 16, 23, 40])
+    def test_rows_together_and_alone(self, dtype, page_size):
+        """Few magnitudes, so that every row has ties: the choice does not depend on how many rows a page has."""
+        gen = torch.Generator().manual_seed(page_size)
+        for dim, keep in ((40, 16), (64, 32), (72, 40), (128, 64), (256, 104)):
+            x = torch.randint(-3, 4, (page_size, 1, 1, dim), generator=gen).to(dtype)
+            one = kvk.BitmapFormat(1, dim, keep, keep, dtype)
+            all_rows = kvk.BitmapFormat(page_size, dim, keep, keep, dtype)
+            each = torch.arange(page_size, dtype=torch.int32)
+            _, (alone, _) = check(one, x, x, each, each, page_size, 1)
+            page = x.view(1, page_size, 1, dim)
+            _, (together, _) = check(all_rows, page, page, int32(0), int32(0), 1, 1)
+            assert_bit_equal(together.view_as(alone), alone)
+
 
 class TestSelectedByTheCaller:
     def test_scores(self):

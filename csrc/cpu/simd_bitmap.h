@@ -108,12 +108,12 @@ inline void expand_rows(const RowsApart& rows) {
 // The picked elements of a row, in order. Writes 16 bytes from any value on, and behind the last one.
 inline void squeeze_row(const uint16_t* row, const uint64_t* picked, int dim, uint8_t* values) {
   for (int word = 0; 64 * word < dim; ++word) {
-    const uint64_t bits = picked[word], offsets = element_offsets(bits);
-    for (int i = 0; i < std::min(8, dim / 8 - 8 * word); ++i) {
-      shuffle_16_bytes(row + 64 * word + 8 * i, kByteShuffles.together[bits >> 8 * i & 0xff],
-                       values + (offsets >> 8 * i & 0xff));
+    uint64_t bits = picked[word];
+#pragma GCC unroll 8
+    for (int i = 64 * word; i < std::min(dim, 64 * word + 64); i += 8, bits >>= 8) {
+      shuffle_16_bytes(row + i, kByteShuffles.together[bits & 0xff], values);
+      values += 2 * std::popcount(bits & 0xff);
     }
-    values += 2 * std::popcount(bits);
   }
 }
 
@@ -203,5 +203,103 @@ inline void pick_largest(const uint8_t (*bytes)[kMaxRow], int dim, int n, uint64
     left -= std::popcount(first);
   }
 }
+
+// --- the largest by magnitude, of many rows at once -------------------------------------------------------------------
+
+// Measured against the radix selection, Zen 4, rows of 128: AVX2 47 ns and 78, AVX-512 47 and 69 all in all. With the eight
+// lanes of SSE it is the slower one, 108 and 93.
+#if defined(__AVX2__)
+
+// A lane for each row.
+inline constexpr int kRowLanes = 16;
+typedef int16_t RowLanes __attribute__((vector_size(2 * kRowLanes)));
+inline constexpr int16_t kMagnitude = 0x7fff;  // of a 16-bit float, as an integer
+
+// to[i][r]: the magnitude of element i of row r, for eight elements. Three rounds of putting words of two vectors between
+// each other; the rows from the eighth on are in the upper halves.
+inline void transpose_magnitudes(const uint16_t* const* rows, int i, RowLanes* to) {
+  __m256i x[8], y[8];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) {
+    const auto eight = [&](int row) { return *reinterpret_cast<const __m128i_u*>(rows[row] + i); };
+    x[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(eight(r)), eight(r + 8), 1);
+  }
+  const auto round = [](const __m256i* from, __m256i* into) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      into[2 * r] = _mm256_unpacklo_epi16(from[r], from[r + 4]);
+      into[2 * r + 1] = _mm256_unpackhi_epi16(from[r], from[r + 4]);
+    }
+  };
+  round(x, y);
+  round(y, x);
+  round(x, y);
+#pragma GCC unroll 8
+  for (int e = 0; e < 8; ++e) to[e] = bit_cast<RowLanes>(y[e]) & kMagnitude;
+}
+
+// nth[r]: the n-th largest magnitude of row r, for kRowLanes rows: bit by bit, the largest number that n elements reach.
+inline void nth_largest(const uint16_t* const* rows, int dim, int n, int16_t* nth) {
+  RowLanes keys[kMaxRow];
+  for (int i = 0; i < dim; i += 8) transpose_magnitudes(rows, i, keys + i);
+  RowLanes found = {};
+  for (int bit = 14; bit >= 0; --bit) {
+    const RowLanes with = found | static_cast<int16_t>(1 << bit);
+    RowLanes below[4] = {};  // how many of the elements are; the key as the second operand is read from memory
+    for (int i = 0; i < dim; i += 8) {
+#pragma GCC unroll 8
+      for (int e = 0; e < 8; ++e) below[e % 4] -= with > keys[i + e];
+    }
+    found = below[0] + below[1] + below[2] + below[3] <= static_cast<int16_t>(dim - n) ? with : found;
+  }
+  std::memcpy(nth, &found, sizeof(found));
+}
+
+// Bit i: whether the magnitude of p[i] is greater than x, or equal to it; of 8 elements, and of 32.
+struct Compared {
+  uint64_t greater, equal;
+};
+inline Compared compare_8(const uint16_t* p, int16_t x) {
+  const __m128i magnitude =
+      _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi16(kMagnitude));
+  const __m128i at = _mm_set1_epi16(x);
+  const __m128i both = _mm_packs_epi16(_mm_cmpgt_epi16(magnitude, at), _mm_cmpeq_epi16(magnitude, at));
+  const uint64_t bits = static_cast<uint64_t>(_mm_movemask_epi8(both));
+  return {bits & 0xff, bits >> 8};
+}
+inline Compared compare_32(const uint16_t* p, int16_t x) {
+  const auto* from = reinterpret_cast<const __m256i_u*>(p);
+  const __m256i magnitude = _mm256_set1_epi16(kMagnitude), at = _mm256_set1_epi16(x);
+  const __m256i a = _mm256_and_si256(from[0], magnitude), b = _mm256_and_si256(from[1], magnitude);
+  const auto bits = [](__m256i low, __m256i high) {
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);
+    return static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(bytes)));
+  };
+  return {bits(_mm256_cmpgt_epi16(a, at), _mm256_cmpgt_epi16(b, at)),
+          bits(_mm256_cmpeq_epi16(a, at), _mm256_cmpeq_epi16(b, at))};
+}
+
+// Picks the n elements of largest magnitude, of equal ones the first, where `nth` is the n-th largest.
+inline void pick_down_to(const uint16_t* row, int dim, int n, int16_t nth, uint64_t* picked) {
+  uint64_t equal[kMaxWords] = {};
+  std::fill(picked, picked + kMaxWords, 0);
+  const auto add = [&](int i, Compared c) {
+    picked[i / 64] |= c.greater << i % 64;
+    equal[i / 64] |= c.equal << i % 64;
+  };
+  int i = 0;
+  for (; i + 32 <= dim; i += 32) add(i, compare_32(row + i, nth));
+  for (; i < dim; i += 8) add(i, compare_8(row + i, nth));
+  for (int w = 0; 64 * w < dim; ++w) n -= std::popcount(picked[w]);
+  for (int w = 0; 64 * w < dim && n > 0; ++w) {
+    const uint64_t first = lowest_bits(equal[w], n);
+    picked[w] |= first;
+    n -= std::popcount(first);
+  }
+}
+
+#else
+inline constexpr int kRowLanes = 1;
+#endif
 
 }  // namespace kvk::cpu::KVK_LEVEL

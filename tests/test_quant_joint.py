@@ -207,3 +207,11 @@ def test_opcheck_and_compile() -> None:
     library.opcheck(
         torch.ops.kvk.dequantize_pages.default, (*pools, ids, case.fmt.numbers, torch.float32), order
     )
+
+    def function(*args):
+        out, lse = kvk.quant_decode(*args, case.fmt, **case.options)
+        return out * 2, lse
+
+    out, lse = torch.compile(function, fullgraph=True)(*case.args)
+    want = case.run()
+    assert torch.equal(out, want[0] * 2) and torch.equal(lse, want[1])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import test_cuda_ops_hadamard
 import test_cuda_ops_quant
-import test_cuda_ops_quant_attention
+import test_cuda_ops_sparse
 import torch
 from card import EmulatedCard
 from paged_cases import make_case
 from test_cuda_ops import ALL, BF16, F16, launched
+from test_cuda_ops_quant_attention import TestQuantAttention as QuantAttention
+from test_cuda_ops_sparse_attention import TestSparseAttention as SparseAttention
 from test_merge_states import random_states
 
 
@@ -35,8 +37,10 @@ def test_every_kernel_of_the_emulated_library_is_launched():
         card.run(make_case([600], **BF16))
         card.ops.append_kv(*rows, *pools, torch.tensor([5]))
         test_cuda_ops_quant.launch_every_kernel(card)
+        test_cuda_ops_sparse.launch_every_kernel(card)
     finally:
         card.ops._check_values(False)
     test_cuda_ops_hadamard.launch_every_kernel(card)
-    test_cuda_ops_quant_attention.launch_every_kernel(card)
+    QuantAttention.launch_every_kernel(card)
+    SparseAttention.launch_every_kernel(card)
     assert launched(card) == set(card.ops._known_kernels().split())

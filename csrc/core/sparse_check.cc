@@ -3,6 +3,7 @@
 #include <bit>
 
 #include "core/record_check.h"
+#include "core/value_errors.h"
 #include "kvk/hadamard.h"
 
 namespace kvk {
@@ -33,10 +34,7 @@ void check_select(const ArgChecker& check, const std::optional<Tensor>& select, 
     const int64_t head = i % num_kv_heads, token = i / num_kv_heads % page_size, page = i / num_kv_heads / page_size;
     const int64_t at = page * t.stride[0] + token * t.stride[1] + head * t.stride[2];
     const int64_t selected = count_selected(t, t.ptr<const uint8_t>() + at, row);
-    if (selected > keep) {
-      fail(check.op(), name, " must select at most the ", keep, " elements of a row that the format keeps, got ",
-           selected, " at [", page, ", ", token, ", ", head, "]");
-    }
+    if (selected > keep) fail_selected(check.op(), name, keep, selected, page, token, head);
   }
 }
 

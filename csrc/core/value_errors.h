@@ -55,4 +55,11 @@ namespace kvk {
   fail(op, name, " must name pages of the ", num_pages, " of its pool, got ", page, " at entry ", entry);
 }
 
+// Of row [page, token, head] of a mask or of bitmaps.
+[[noreturn]] inline void fail_selected(const char* op, const char* name, int64_t keep, int64_t selected, int64_t page,
+                                       int64_t token, int64_t head) {
+  fail(op, name, " must select at most the ", keep, " elements of a row that the format keeps, got ", selected, " at [",
+       page, ", ", token, ", ", head, "]");
+}
+
 }  // namespace kvk

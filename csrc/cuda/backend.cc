@@ -26,6 +26,14 @@ class ContextWorkspace final : public Workspace {
   const Context& context_;
 };
 
+// With KVK_CHECK=1: check(launcher, workspace), before the op's kernels run.
+template <class Check>
+void check_first(const char* op, Device device, const Context& context, Launcher& launcher, Check&& check) {
+  if (!check_mode()) return;
+  ContextWorkspace workspace(op, device, context);
+  check(launcher, workspace);
+}
+
 }  // namespace
 
 void paged_attention(const char* op, const PagedProblem& problem, int64_t list_entries, Device device,
@@ -38,10 +46,8 @@ void paged_attention(const char* op, const PagedProblem& problem, int64_t list_e
 
 void append_kv(const AppendKvArgs& args, const Context& context) {
   DriverLauncher launcher(args.k.device.index, context.cuda_stream);
-  if (check_mode()) {
-    ContextWorkspace workspace("append_kv", args.k.device, context);
-    check_slot_values(args, launcher, workspace);
-  }
+  check_first("append_kv", args.k.device, context, launcher,
+              [&](Launcher& on, Workspace& workspace) { check_slot_values(args, on, workspace); });
   launch_append_kv(args, launcher);
 }
 
@@ -68,19 +74,15 @@ void hadamard(const HadamardArgs& args, const Context& context) {
 
 void quantize_pages(const QuantizePagesArgs& args, const Context& context) {
   DriverLauncher launcher(args.k_pages.device.index, context.cuda_stream);
-  if (check_mode()) {
-    ContextWorkspace workspace("quantize_pages", args.k_pages.device, context);
-    check_quantize_ids(args, launcher, workspace);
-  }
+  check_first("quantize_pages", args.k_pages.device, context, launcher,
+              [&](Launcher& on, Workspace& workspace) { check_quantize_ids(args, on, workspace); });
   launch_quantize_pages(args, launcher);
 }
 
 void dequantize_pages(const DequantizePagesArgs& args, const Context& context) {
   DriverLauncher launcher(args.k_pool.device.index, context.cuda_stream);
-  if (check_mode()) {
-    ContextWorkspace workspace("dequantize_pages", args.k_pool.device, context);
-    check_dequantize_ids(args, launcher, workspace);
-  }
+  check_first("dequantize_pages", args.k_pool.device, context, launcher,
+              [&](Launcher& on, Workspace& workspace) { check_dequantize_ids(args, on, workspace); });
   launch_dequantize_pages(args, launcher);
 }
 
@@ -92,6 +94,20 @@ void quantize(const QuantizeArgs& args, const Context& context) {
 void dequantize(const DequantizeArgs& args, const Context& context) {
   DriverLauncher launcher(args.codes.device.index, context.cuda_stream);
   launch_dequantize(args, launcher);
+}
+
+void compress_pages(const CompressPagesArgs& args, const Context& context) {
+  DriverLauncher launcher(args.k_pages.device.index, context.cuda_stream);
+  check_first("compress_pages", args.k_pages.device, context, launcher,
+              [&](Launcher& on, Workspace& workspace) { check_compress_values(args, on, workspace); });
+  launch_compress_pages(args, launcher);
+}
+
+void decompress_pages(const DecompressPagesArgs& args, const Context& context) {
+  DriverLauncher launcher(args.k_pool.device.index, context.cuda_stream);
+  check_first("decompress_pages", args.k_pool.device, context, launcher,
+              [&](Launcher& on, Workspace& workspace) { check_decompress_ids(args, on, workspace); });
+  launch_decompress_pages(args, launcher);
 }
 
 }  // namespace kvk::cuda

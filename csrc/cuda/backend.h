@@ -8,6 +8,7 @@
 #include "kvk/hadamard.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
+#include "kvk/sparse.h"
 
 namespace kvk::cuda {
 
@@ -22,6 +23,8 @@ void quantize_pages(const QuantizePagesArgs& args, const Context& context);
 void dequantize_pages(const DequantizePagesArgs& args, const Context& context);
 void quantize(const QuantizeArgs& args, const Context& context);
 void dequantize(const DequantizeArgs& args, const Context& context);
+void compress_pages(const CompressPagesArgs& args, const Context& context);
+void decompress_pages(const DecompressPagesArgs& args, const Context& context);
 
 // Waits for the stream and copies from the card: what recording does (csrc/core/dump.h).
 void read_memory(Device device, void* stream, void* host, const void* from, size_t bytes);

@@ -15,6 +15,8 @@ Kernel table_kernel() { return {kHeader, "kvk::device::check_table_kernel<" + st
 Kernel slots_kernel() { return {kHeader, "kvk::device::check_slots_kernel<" + std::to_string(kThreads) + ">"}; }
 Kernel ids_kernel() { return {kHeader, "kvk::device::check_ids_kernel<" + std::to_string(kThreads) + ">"}; }
 
+Kernel select_kernel() { return {kHeader, "kvk::device::check_select_kernel<" + std::to_string(kThreads) + ">"}; }
+
 template <class Params>
 BadValue find_bad_value(const Kernel& kernel, Params params, Launcher& launcher, Workspace& workspace) {
   params.found = static_cast<BadValue*>(workspace.allocate(sizeof(BadValue)));
@@ -89,6 +91,37 @@ void check_dequantize_ids(const DequantizePagesArgs& args, Launcher& launcher, W
   check_ids("dequantize_pages", args.ids, "ids", args.k_pool.shape[0], launcher, workspace);
 }
 
-std::vector<Kernel> check_kernels() { return {table_kernel(), slots_kernel(), ids_kernel()}; }
+namespace {
+
+void check_select(const std::optional<Tensor>& select, const char* name, int64_t keep, Launcher& launcher,
+                  Workspace& workspace) {
+  if (!select || select->dtype == DType::f32) return;
+  device::CheckSelectParams params = {};
+  params.select = select->ptr<const uint8_t>();
+  params.is_bitmap = select->dtype == DType::u8;
+  for (int i = 0; i < 4; ++i) params.shape[i] = select->shape[i];
+  for (int i = 0; i < 3; ++i) params.stride[i] = select->stride[i];
+  params.keep = keep;
+  const BadValue bad = find_bad_value(select_kernel(), params, launcher, workspace);
+  if (bad.kind != BadValue::kSelected) return;
+  const int64_t tokens = params.shape[1], heads = params.shape[2];
+  fail_selected("compress_pages", name, keep, bad.value, bad.index / heads / tokens, bad.index / heads % tokens,
+                bad.index % heads);
+}
+
+}  // namespace
+
+void check_compress_values(const CompressPagesArgs& args, Launcher& launcher, Workspace& workspace) {
+  check_ids("compress_pages", args.src, "src", args.k_pages.shape[0], launcher, workspace);
+  check_ids("compress_pages", args.dst, "dst", args.k_pool.shape[0], launcher, workspace);
+  check_select(args.k_select, "k_select", args.format.k.keep, launcher, workspace);
+  check_select(args.v_select, "v_select", args.format.v.keep, launcher, workspace);
+}
+
+void check_decompress_ids(const DecompressPagesArgs& args, Launcher& launcher, Workspace& workspace) {
+  check_ids("decompress_pages", args.ids, "ids", args.k_pool.shape[0], launcher, workspace);
+}
+
+std::vector<Kernel> check_kernels() { return {table_kernel(), slots_kernel(), ids_kernel(), select_kernel()}; }
 
 }  // namespace kvk::cuda

@@ -11,6 +11,9 @@ void check_table_values(const char* op, const PagedProblem& problem, int64_t lis
 void check_slot_values(const AppendKvArgs& args, Launcher& launcher, Workspace& workspace);
 void check_quantize_ids(const QuantizePagesArgs& args, Launcher& launcher, Workspace& workspace);
 void check_dequantize_ids(const DequantizePagesArgs& args, Launcher& launcher, Workspace& workspace);
+// Page ids, and masks and bitmaps that select more than a row may keep.
+void check_compress_values(const CompressPagesArgs& args, Launcher& launcher, Workspace& workspace);
+void check_decompress_ids(const DecompressPagesArgs& args, Launcher& launcher, Workspace& workspace);
 
 // The kernels of all.
 std::vector<Kernel> check_kernels();

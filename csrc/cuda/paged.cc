@@ -4,12 +4,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <sstream>
 
 #include "cuda/check_values.h"
 #include "kvk/device/paged_decode_params.h"
 #include "kvk/device/paged_prefill_params.h"
 #include "kvk/device/quant_pages_params.h"
+#include "kvk/device/sparse_pages_params.h"
 
 namespace kvk::cuda {
 namespace {
@@ -40,39 +42,52 @@ std::string instance(const char* name, DType dtype, Args... args) {
 
 // A format of pages (kvk/device/page_format.h), as the launch code needs it.
 struct PageFormat {
+  const char* header = nullptr;
   std::string type;  // the kernels' template argument; empty: dense pages
-  device::QuantRecords records = {};
-  QuantFormat quant = {};
+  device::Records records = {};
+  bool rotated_values = false;
+  std::function<device::StagedBytes(int keys)> staged = [](int) { return device::StagedBytes(); };
 
   PageFormat() = default;
-  explicit PageFormat(const QuantPools& pools) : quant(pools.format) {
+  explicit PageFormat(const QuantPools& pools)
+      : PageFormat("kvk/device/quant_attention.cuh", pools, pools.format, &device::quant_staged) {
     std::ostringstream text;
     text << "kvk::device::QuantPages<" << std::boolalpha;
-    for (const QuantPart* part : {&quant.k, &quant.v}) {
-      text << (part == &quant.v ? ", " : "") << part->bits << ", " << part->group << ", " << part->along_tokens << ", "
-           << (part->rotate != 0);
+    for (const QuantPart* part : {&pools.format.k, &pools.format.v}) {
+      text << (part == &pools.format.v ? ", " : "") << part->bits << ", " << part->group << ", " << part->along_tokens
+           << ", " << (part->rotate != 0);
     }
-    text << ">";
+    type = text.str() + ">";
+    const QuantLayout k = pools.format.k_layout(), v = pools.format.v_layout();
+    records.k = {pools.k, pools.k_page_stride, pools.k_head_stride, {k.scale_offset, k.min_offset}};
+    records.v = {pools.v, pools.v_page_stride, pools.v_head_stride, {v.scale_offset, v.min_offset}};
+  }
+  explicit PageFormat(const BitmapPools& pools)
+      : PageFormat("kvk/device/sparse_attention.cuh", pools, pools.format, &device::bitmap_staged) {
+    std::ostringstream text;
+    text << "kvk::device::BitmapPages<" << std::boolalpha << pools.format.k.keep << ", " << (pools.format.k.rotate != 0)
+         << ", " << pools.format.v.keep << ", " << (pools.format.v.rotate != 0) << ">";
     type = text.str();
-    const QuantLayout k = quant.k_layout(), v = quant.v_layout();
-    records.k = {pools.k, pools.k_page_stride, pools.k_head_stride, k.scale_offset, k.min_offset};
-    records.v = {pools.v, pools.v_page_stride, pools.v_head_stride, v.scale_offset, v.min_offset};
-    records.num_pages = pools.num_pages;
-    records.k_rotate_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(quant.head_dim)));
-    records.v_rotate_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(quant.head_dim_v)));
+    records.k = {pools.k, pools.k_page_stride, pools.k_head_stride, {pools.format.k_layout().bitmap_offset, 0}};
+    records.v = {pools.v, pools.v_page_stride, pools.v_head_stride, {pools.format.v_layout().bitmap_offset, 0}};
   }
 
-  device::StagedBytes staged(int keys) const {
-    if (type.empty()) return {};
-    return device::quant_staged(static_cast<int>(quant.head_dim), static_cast<int>(quant.head_dim_v), quant.k, quant.v,
-                                keys);
-  }
-  const char* header(const char* dense) const { return type.empty() ? dense : "kvk/device/quant_attention.cuh"; }
   PagedDecodeShape decode_shape(int head_dim, int head_dim_v, int halves, bool small) const {
     return PagedDecodeShape(head_dim, head_dim_v, halves, small, staged(PagedDecodeShape::kKeys));
   }
   PagedPrefillShape prefill_shape(int head_dim, int head_dim_v, bool small) const {
-    return PagedPrefillShape(head_dim, head_dim_v, small, [this](int keys) { return staged(keys); });
+    return PagedPrefillShape(head_dim, head_dim_v, small, staged);
+  }
+
+ private:
+  template <class Format, class Staged>
+  PageFormat(const char* format_header, const RecordPools& pools, const Format& format, Staged staged_bytes)
+      : header(format_header), rotated_values(format.v.rotate != 0) {
+    records.num_pages = pools.num_pages;
+    records.k_rotate_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(format.head_dim)));
+    records.v_rotate_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(format.head_dim_v)));
+    const int dim = static_cast<int>(format.head_dim), dim_v = static_cast<int>(format.head_dim_v);
+    staged = [=, k = format.k, v = format.v](int keys) { return staged_bytes(dim, dim_v, k, v, keys); };
   }
 };
 
@@ -85,23 +100,23 @@ std::string config(const char* name, DType dtype, const PageFormat& format, bool
 }
 Kernel decode_kernel(DType dtype, int head_dim, int head_dim_v, int halves, uint32_t parts, bool small = false,
                      const PageFormat& format = {}) {
-  return {format.header(kDecodeHeader),
+  return {format.header ? format.header : kDecodeHeader,
           "kvk::device::paged_decode_kernel<" +
               config("PagedDecodeConfig", dtype, format, small, head_dim, head_dim_v, halves, parts) + ">"};
 }
 Kernel prefill_kernel(DType dtype, int head_dim, int head_dim_v, uint32_t parts, bool small = false,
                       const PageFormat& format = {}) {
-  return {format.header(kPrefillHeader),
+  return {format.header ? format.header : kPrefillHeader,
           "kvk::device::paged_prefill_kernel<" +
               config("PagedPrefillConfig", dtype, format, small, head_dim, head_dim_v, parts) + ">"};
 }
 
 // Launches with the params of the format.
-template <class Quant, class Params>
+template <class WithRecords, class Params>
 void launch_with(const PageFormat& format, Launcher& launcher, const Kernel& kernel, Dim3 grid, uint32_t threads,
                  size_t shared_bytes, const Params& params) {
   if (format.type.empty()) return launch(launcher, kernel, grid, threads, shared_bytes, params);
-  Quant with_records = {};
+  WithRecords with_records = {};
   static_cast<Params&>(with_records) = params;
   with_records.records = format.records;
   launch(launcher, kernel, grid, threads, shared_bytes, with_records);
@@ -141,7 +156,7 @@ void launch_streamed(const PagedProblem& p, const PageFormat& format, int64_t li
   const int64_t pairs = int64_t{p.num_requests} * p.num_kv_heads * params.row_tiles;
   const int64_t wanted = device::ceil_div<int64_t>(8 * int64_t{launcher.properties().num_sms}, pairs);
   const uint32_t slots = static_cast<uint32_t>(std::clamp<int64_t>(wanted, 1, params.split_slots));
-  launch_with<device::QuantDecodeParams>(
+  launch_with<device::RecordDecodeParams>(
       format, launcher, decode_kernel(p.dtype, p.head_dim, p.head_dim_v, halves, score_parts(p), small, format),
       {static_cast<uint32_t>(pairs), slots, 1}, static_cast<uint32_t>(shape.threads()), shape.shared_bytes(), params);
   if (params.split_slots > 1) {
@@ -158,7 +173,7 @@ void launch_tiled(const PagedProblem& p, const PageFormat& format, Launcher& lau
   const PagedPrefillShape shape = format.prefill_shape(p.head_dim, p.head_dim_v, small);
   // Every request may leave its last tile unfilled.
   const int64_t tiles = device::ceil_div<int64_t>(p.num_tokens * p.group, shape.rows) + p.num_requests;
-  launch_with<device::QuantPrefillParams>(
+  launch_with<device::RecordPrefillParams>(
       format, launcher, prefill_kernel(p.dtype, p.head_dim, p.head_dim_v, score_parts(p), small, format),
       {static_cast<uint32_t>(tiles), static_cast<uint32_t>(p.num_kv_heads), 1}, PagedPrefillShape::kThreads,
       shape.shared_bytes(), params);
@@ -190,10 +205,11 @@ Tensor rows_tensor(const PagedProblem& p, const RowsView& rows, int64_t dim) {
 void launch_paged_attention(const PagedProblem& problem, int64_t list_entries, Launcher& launcher,
                             Workspace& workspace) {
   if (problem.num_tokens == 0) return;
-  if (problem.quant == nullptr) return launch_attention(problem, PageFormat(), list_entries, launcher, workspace);
-  const PageFormat format(*problem.quant);
+  const PageFormat format = problem.quant != nullptr    ? PageFormat(*problem.quant)
+                            : problem.bitmap != nullptr ? PageFormat(*problem.bitmap)
+                                                        : PageFormat();
   launch_attention(problem, format, list_entries, launcher, workspace);
-  if (format.quant.v.rotate != 0) {  // out of the space of rotated values
+  if (format.rotated_values) {  // out of the space of rotated values
     const Tensor out = rows_tensor(problem, problem.out, problem.head_dim_v);
     launch_hadamard({out, {}, true, out}, launcher);
   }
@@ -218,6 +234,7 @@ std::vector<Kernel> default_kernels() {
   }
   for (const Kernel& kernel : check_kernels()) kernels.push_back(kernel);
   for (const Kernel& kernel : default_quant_kernels()) kernels.push_back(kernel);
+  for (const Kernel& kernel : default_sparse_kernels()) kernels.push_back(kernel);
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const int bits : {2, 4}) {  // KIVI
       QuantPools pools = {};
@@ -225,6 +242,13 @@ std::vector<Kernel> default_kernels() {
       const PageFormat format(pools);
       kernels.push_back(decode_kernel(dtype, 128, 128, 1, 0, false, format));
       if (bits == 4) kernels.push_back(prefill_kernel(dtype, 128, 128, 0, false, format));
+    }
+    for (const int keep : {40, 64}) {  // Mustafar
+      BitmapPools pools = {};
+      pools.format = {64, 128, 128, dtype, {keep, 0}, {keep, 0}};
+      const PageFormat format(pools);
+      kernels.push_back(decode_kernel(dtype, 128, 128, 1, 0, false, format));
+      if (keep == 64) kernels.push_back(prefill_kernel(dtype, 128, 128, 0, false, format));
     }
   }
   for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {

@@ -1,9 +1,7 @@
 // Launch code of quantize_pages, dequantize_pages, quantize and dequantize: one kernel each, over the matrices of K, of V, or
 // of a tensor.
-#include <cmath>
-
 #include "core/check.h"
-#include "cuda/launch.h"
+#include "cuda/records.h"
 #include "kvk/device/quant_params.h"
 
 namespace kvk::cuda {
@@ -19,44 +17,27 @@ Kernel quant_kernel(const char* name, DType dtype, const QuantPart& part, int64_
 }
 
 void launch_quantize(const QuantParams& params, DType dtype, const QuantPart& part, Launcher& launcher) {
-  const int64_t warps = params.num_matrices * device::quantize_warps(params.tokens, params.dim, part);
-  launch(launcher, quant_kernel("quantize_kernel", dtype, part, params.dim),
-         {grid_size(device::ceil_div<int64_t>(warps, 4)), 1, 1}, 128, 0, params);
+  launch_warps(launcher, quant_kernel("quantize_kernel", dtype, part, params.dim),
+               device::quantize_warps(params.tokens, params.dim, part), params);
 }
 
 void launch_dequantize(const QuantParams& params, DType dtype, const QuantPart& part, Launcher& launcher) {
-  const int64_t warps = params.num_matrices * device::dequantize_warps(params.tokens, params.dim);
-  launch(launcher, quant_kernel("dequantize_kernel", dtype, part, params.dim),
-         {grid_size(device::ceil_div<int64_t>(warps, 4)), 1, 1}, 128, 0, params);
+  launch_warps(launcher, quant_kernel("dequantize_kernel", dtype, part, params.dim),
+               device::dequantize_warps(params.tokens, params.dim), params);
 }
 
-void set_part(QuantParams& params, int64_t tokens, int64_t dim, const QuantPart& part, double clip) {
-  params.tokens = tokens;
-  params.dim = dim;
-  params.group = part.group;
-  params.clip = static_cast<float>(clip);
-  params.rotate_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
-}
-
-// K or V of `count` pages: dense ones [., P, Hkv, D] and records.
+// K or V of some pages: dense ones and records.
 QuantParams record_params(const Tensor& dense, const Tensor* dense_ids, const Tensor& pool, const Tensor& ids,
                           int64_t page_size, int64_t dim, const QuantPart& part, double clip) {
   const QuantLayout layout = device::quant_layout(page_size, dim, part);
   QuantParams params = {};
-  params.x = dense.data;
-  params.x_matrices = {2, {ids.shape[0], dense.shape[2]}, {dense.stride[0], dense.stride[2]}};
-  params.token_stride = dense.stride[1];
+  set_records(params, dense, dense_ids, pool, ids, page_size, dim);
   uint8_t* records = pool.ptr<uint8_t>();
   params.codes = {records, pool.stride[0], pool.stride[1]};
   params.scale = {records + layout.scale_offset, pool.stride[0], pool.stride[1]};
   params.min = {records + layout.min_offset, pool.stride[0], pool.stride[1]};
-  if (dense_ids != nullptr) {
-    params.x_pages = {dense_ids->ptr<const int32_t>(), dense_ids->stride[0], dense.shape[0]};
-  }
-  params.packed_pages = {ids.ptr<const int32_t>(), ids.stride[0], pool.shape[0]};
-  params.num_heads = dense.shape[2];
-  params.num_matrices = ids.shape[0] * params.num_heads;
-  set_part(params, page_size, dim, part, clip);
+  params.group = part.group;
+  params.clip = static_cast<float>(clip);
   const int64_t ends[3] = {page_size * layout.row_bytes, layout.scale_offset + layout.num_scales * 2,
                            layout.min_offset + layout.num_scales * 2};
   const int64_t next[3] = {layout.scale_offset, layout.min_offset, layout.record_bytes};
@@ -64,7 +45,6 @@ QuantParams record_params(const Tensor& dense, const Tensor* dense_ids, const Te
     params.padding[i][0] = ends[i];
     params.padding[i][1] = next[i];
   }
-  params.vectors = rows_on_16_bytes(dense);
   return params;
 }
 
@@ -82,7 +62,9 @@ QuantParams tensor_params(const Tensor& x, const QuantPart& part, const Tensor& 
   params.min = {min.data, scale_bytes, 0};
   params.num_heads = 1;
   params.num_matrices = tokens * n > 0 ? x.numel() / (tokens * n) : 0;
-  set_part(params, tokens, n, part, clip);
+  params.group = part.group;
+  params.clip = static_cast<float>(clip);
+  set_rows(params, tokens, n);
   params.vectors = rows_on_16_bytes(x);
   return params;
 }

@@ -45,7 +45,7 @@ struct CompressPagesArgs {
   //   f32 [n, P, Hkv, D]      scores: the largest
   //   bool [n, P, Hkv, D]     these, at most `keep` of a row
   //   u8 [n, P, Hkv, D / 8]   these, as bitmaps
-  std::optional<Tensor> k_select, v_select;
+  std::optional<Tensor> k_select = {}, v_select = {};
 };
 
 struct DecompressPagesArgs {

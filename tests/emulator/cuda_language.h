@@ -150,6 +150,9 @@ inline unsigned __brev(unsigned x) {
   for (int i = 0; i < 32; ++i) y |= (x >> i & 1) << (31 - i);
   return y;
 }
+inline unsigned __funnelshift_rc(unsigned lo, unsigned hi, unsigned shift) {
+  return unsigned((uint64_t{hi} << 32 | lo) >> (shift < 32 ? shift : 32));
+}
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s, KVK_EMU_LOC) {
   return kvk::emu::prmt(x, y, s & 0x7777, loc);
 }

@@ -5,14 +5,14 @@
 #include "cuda/backend.h"
 #include "cuda/launch.h"
 #include "emulator/launch_ops.h"
-#include "emulator/quant_kernels.h"
+#include "emulator/record_kernels.h"
 #include "kvk/device/append_kv.cuh"
 #include "kvk/device/quant.cuh"
 
 KVK_EMULATED_KERNEL(kvk::device::append_kv_kernel<2>);
 KVK_EMULATED_KERNEL(kvk::device::quantize_kernel<kvk::device::QuantCoding<kvk::device::bf16, 8, true, 0>>);
 KVK_EMULATED_KERNEL(kvk::device::quantize_kernel<kvk::device::QuantCoding<kvk::device::bf16, 8, false, 0>>);
-KVK_QUANT_DECODE(bf16, 32, 32, 1, 0, false, 8, 16, true, false, 8, 32, false, false);
+KVK_RECORD_DECODE(bf16, 32, 32, 1, 0, false, QuantPages<8, 16, true, false, 8, 32, false, false>);
 KVK_EMULATED_KERNEL(kvk::device::merge_splits_kernel<kvk::device::bf16, 32>);
 
 // The backends: the emulator in the place of the driver, and nothing on the CPU.

@@ -16,6 +16,7 @@ import kvk
 import torch
 from card import Card, CudaCard, EmulatedCard
 from kvk import reference
+from kvk.reference.sparse import pack_bitmap
 from kvk_testing import assert_bit_equal
 from paged_cases import make_case
 from quant_attention_cases import make_quant_case
@@ -55,7 +56,7 @@ def walk(card: Card) -> int:
         torch.testing.assert_close(merged[1].cpu().double(), exact[1], rtol=1e-4, atol=1e-4)
         grads = card.ops.merge_states_backward(*merged, *parts)
         assert all(bool(grad.isfinite().all()) for grad in grads)
-    return len(cases) + 6 + walk_quantized(card)
+    return len(cases) + 6 + walk_quantized(card) + walk_sparse(card)
 
 
 def walk_quantized(card: Card) -> int:
@@ -78,16 +79,48 @@ def walk_quantized(card: Card) -> int:
         back = card.ops.dequantize_pages(*pools, ids[1], fmt.numbers, pages.dtype)
         for got, right in zip(back, kvk.dequantize_pages(*want, dst, fmt, pages.dtype), strict=True):
             assert_bit_equal(got.cpu(), right)
+    return 8 + walk_attention(card, kvk.QuantFormat(32, 64))
+
+
+def walk_sparse(card: Card) -> int:
+    """Records of bitmaps, by magnitude, scores and a mask, and attention over them."""
+    gen = torch.Generator().manual_seed(0)
+    src, dst = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+    fmt, small = kvk.BitmapFormat(32, 64, 32, 16), kvk.BitmapFormat(37, 32, 16, 24)
+    scores = torch.randn(2, 37, 3, 32, generator=gen)
+    mask = torch.zeros(2, 37, 3, 32, dtype=torch.bool)
+    mask[..., 5:21] = True
+    selects: list[tuple[kvk.BitmapFormat, torch.dtype, dict[str, torch.Tensor]]] = [
+        (fmt, torch.float32, {}),
+        (small, torch.bfloat16, {"k_select": mask, "v_select": pack_bitmap(mask)}),
+        (small, torch.bfloat16, {"k_select": scores}),
+        (kvk.BitmapFormat(5, 80, 40, 24, k_rotate=1, v_rotate=1), torch.bfloat16, {}),
+    ]
+    for records, dtype, select in selects:
+        pages = torch.randn(2, 4, records.page_size, 3, records.head_dim, generator=gen).to(dtype)
+        want = [pool.zero_() for pool in records.new_pool(3, 3)]
+        kvk.compress_pages(pages[0], pages[1], src, *want, dst, records, **select)
+        pools = card.put([torch.zeros_like(pool) for pool in want])
+        k, v, *ids = card.put([pages[0], pages[1], src, dst])
+        card.ops.compress_pages(k, v, ids[0], *pools, ids[1], records.numbers, **card.put_options(select))
+        for got, right in zip(pools, want, strict=True):
+            assert_bit_equal(got.cpu(), right)
+        back = card.ops.decompress_pages(*pools, ids[1], records.numbers)
+        for got, right in zip(back, kvk.decompress_pages(*want, dst, records), strict=True):
+            assert_bit_equal(got.cpu(), right)
+    return 8 + walk_attention(card, fmt)
+
+
+def walk_attention(card: Card, fmt: kvk.QuantFormat | kvk.BitmapFormat) -> int:
+    """Decode and prefill over records and dense pages."""
     for queries in (None, [1, 0, 40]):
-        case = make_quant_case(
-            [600, 0, 70], queries, fmt=kvk.QuantFormat(32, 64), dtype=torch.bfloat16, group=3
-        )
+        case = make_quant_case([600, 0, 70], queries, fmt=fmt, dtype=torch.bfloat16, group=3)
         op = getattr(card.ops, case.name)
         out, lse = op(*card.put(case.args), case.fmt.numbers, **card.put_options(case.options))
         right_out, right_lse = case.run()
         torch.testing.assert_close(out.cpu(), right_out, rtol=0.03, atol=0.02)
         torch.testing.assert_close(lse.cpu(), right_lse, rtol=1e-2, atol=1e-2)
-    return 10
+    return 2
 
 
 def main() -> int:

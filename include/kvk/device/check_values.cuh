@@ -195,4 +195,32 @@ check_ids_kernel(const __grid_constant__ CheckIdsParams p) {
   *p.found = bad;
 }
 
+// Elements that row `row` of a mask, or of bitmaps, selects.
+KVK_DEVICE int64_t count_selected(const CheckSelectParams& p, int64_t row) {
+  const int64_t head = row % p.shape[2], token = row / p.shape[2] % p.shape[1], page = row / p.shape[2] / p.shape[1];
+  const uint8_t* select = p.select + page * p.stride[0] + token * p.stride[1] + head * p.stride[2];
+  int64_t count = 0;
+  for (int64_t i = 0; i < p.shape[3]; ++i) count += p.is_bitmap ? __popc(select[i]) : select[i] != 0;
+  return count;
+}
+
+template <int kThreads>
+KVK_KERNEL(kThreads, 1)
+check_select_kernel(const __grid_constant__ CheckSelectParams p) {
+  uint64_t first = kAllGood;
+  const int64_t rows = p.shape[0] * p.shape[1] * p.shape[2];
+  for (int64_t row = threadIdx.x; row < rows && first == kAllGood; row += kThreads) {
+    if (count_selected(p, row) > p.keep) first = static_cast<uint64_t>(row);
+  }
+  first = block_min<kThreads>(first);
+  if (threadIdx.x != 0) return;
+  BadValue bad;
+  if (first != kAllGood) {
+    bad.kind = BadValue::kSelected;
+    bad.index = static_cast<int64_t>(first);
+    bad.value = count_selected(p, bad.index);
+  }
+  *p.found = bad;
+}
+
 }  // namespace kvk::device

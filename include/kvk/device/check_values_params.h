@@ -20,6 +20,7 @@ struct BadValue {
     kDensePage,        // as kPage, of the dense pages beside records
     kTag,              // value: the tag; index and entry as of kPage
     kId,               // value: the page; index: the entry
+    kSelected,         // value: elements that a row selects; index: the row, of all
   };
   Kind kind = kNone;
   int32_t of_queries = 0;  // starts: of qo_indptr, not of page_indptr
@@ -44,6 +45,14 @@ struct CheckSlotsParams {
 struct CheckIdsParams {
   const int32_t* ids;
   int64_t stride, count, num_pages;
+  BadValue* found;
+};
+
+struct CheckSelectParams {
+  const uint8_t* select;  // [pages, tokens, heads, ..], a byte an element, or a bit
+  bool is_bitmap;
+  int64_t shape[4], stride[3];
+  int64_t keep;
   BadValue* found;
 };
 

@@ -27,13 +27,7 @@ KVK_DEVICE void load_elements(const T* from, bool vectors, float (&x)[kCount]) {
           for (int i = 0; i < 4; ++i) x[half * 4 + i] = __uint_as_float(words.w[i]);
         }
       } else {
-        const Words<4> words = load_words<4>(from);
-        KVK_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const float2 pair = unpack2<T>(words.w[i]);
-          x[2 * i] = pair.x;
-          x[2 * i + 1] = pair.y;
-        }
+        unpack<T>(load_words<4>(from), x);
       }
       return;
     }
@@ -135,6 +129,17 @@ struct WarpRows {
     }
   }
 };
+
+// The scratch of a warp that rotates rows; four warps a block.
+template <int kRotated>
+KVK_DEVICE float* rotation_scratch() {
+  if constexpr (kRotated > 0) {
+    KVK_SHARED(scratch, float[4][WarpRows<kRotated>::kScratch]);
+    return scratch[threadIdx.x / 32];
+  } else {
+    return nullptr;
+  }
+}
 
 template <class Config>
 class HadamardBlock {

@@ -97,12 +97,7 @@ KVK_DEVICE void load_rotated_queries(const Params& params, const PagedItem<Confi
                             item.head_of(p, row) * p.q.head_stride + unit * 8);
     }
     float x[8];
-    KVK_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<T>(words.w[i]);
-      x[2 * i] = pair.x;
-      x[2 * i + 1] = pair.y;
-    }
+    unpack<T>(words, x);
     Config::Pages::template rotate_query<Config>(params, x, scratch);
     if (!valid) continue;
     T* to = queries + row * Config::kPitch + unit * 8;

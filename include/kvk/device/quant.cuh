@@ -80,17 +80,15 @@ class QuantMatrix {
   using T = typename Config::T;
 
   KVK_DEVICE QuantMatrix(const QuantParams& p, int64_t index) : p_(p) {
-    const int64_t outer = index / p.num_heads, head = index % p.num_heads;
-    const int64_t x_page = page_of(p.x_pages, outer), packed_page = page_of(p.packed_pages, outer);
-    inside_ = x_page >= 0 && packed_page >= 0;
-    x_ = static_cast<T*>(p.x) +
-         (p.x_pages.ids ? x_page * p.x_matrices.stride[0] + head * p.x_matrices.stride[1] : p.x_matrices.offset(index));
-    codes_ = at(p.codes, packed_page, head);
-    scale_ = reinterpret_cast<uint16_t*>(at(p.scale, packed_page, head));
-    min_ = reinterpret_cast<uint16_t*>(at(p.min, packed_page, head));
+    const RecordMatrix m(p, index);
+    inside_ = m.inside();
+    x_ = static_cast<T*>(p.x) + m.x_offset;
+    codes_ = m.packed(p.codes);
+    scale_ = reinterpret_cast<uint16_t*>(m.packed(p.scale));
+    min_ = reinterpret_cast<uint16_t*>(m.packed(p.min));
   }
 
-  // False: a page id that no pool has. Nothing is read or written for it.
+  // False: nothing is read or written.
   KVK_DEVICE bool inside() const { return inside_; }
   KVK_DEVICE T* x(int64_t token, int64_t channel) const { return x_ + token * p_.token_stride + channel; }
   KVK_DEVICE uint8_t* codes(int64_t token, int64_t channel) const {
@@ -108,15 +106,6 @@ class QuantMatrix {
   }
 
  private:
-  KVK_DEVICE static int64_t page_of(const PageIds& pages, int64_t i) {
-    if (pages.ids == nullptr) return i;
-    const int64_t page = pages.ids[i * pages.stride];
-    return page < pages.num_pages ? page : -1;
-  }
-  KVK_DEVICE static uint8_t* at(const PackedView& view, int64_t page, int64_t head) {
-    return static_cast<uint8_t*>(view.data) + page * view.page_stride + head * view.head_stride;
-  }
-
   const QuantParams& p_;
   bool inside_;
   T* x_;
@@ -124,17 +113,6 @@ class QuantMatrix {
   uint16_t* scale_;
   uint16_t* min_;
 };
-
-// The scratch of a warp that rotates rows; four warps a block.
-template <int kRotated>
-KVK_DEVICE float* rotation_scratch() {
-  if constexpr (kRotated > 0) {
-    KVK_SHARED(scratch, float[4][WarpRows<kRotated>::kScratch]);
-    return scratch[threadIdx.x / 32];
-  } else {
-    return nullptr;
-  }
-}
 
 template <class Config>
 class QuantizeWarp {

@@ -2,38 +2,16 @@
 // kernels.
 #pragma once
 
-#include "kvk/device/hadamard_params.h"
 #include "kvk/device/quant_layout.h"
+#include "kvk/device/record_params.h"
 
 namespace kvk::device {
 
-// Where a matrix's codes, scales or minima lie, in bytes; pages of a pool of records, or matrices one after another.
-struct PackedView {
-  void* data;
-  int64_t page_stride, head_stride;
-};
-
-// A list of pages; without one, matrices are counted.
-struct PageIds {
-  const int32_t* ids;  // null: none
-  int64_t stride;
-  int64_t num_pages;  // ids beyond it are not touched
-};
-
-// Matrices [tokens, dim]: K or V of (page, kv head), or those of a tensor [.., tokens, dim].
-struct QuantParams {
-  void* x;  // read by quantize, written by dequantize
-  RowGrid x_matrices;
-  int64_t token_stride;  // elements
+struct QuantParams : RecordMatrices {
   PackedView codes, scale, min;
-  PageIds x_pages, packed_pages;  // of the first dimension of x_matrices, and of the packed views
-  int64_t num_matrices, num_heads;
-  int64_t tokens, dim;
   int32_t group;
   float clip;             // quantize only
-  float rotate_scale;     // 1 / sqrt(dim)
   int64_t padding[3][2];  // of records: [begin, end) of the zeros behind codes, scale and min, from the record's start
-  bool vectors;           // every row of x starts on a multiple of 16 bytes
 };
 
 // How a warp is laid over a matrix: 8 channels a lane, several tokens beside each other where a row needs few lanes.

@@ -90,6 +90,17 @@ KVK_DEVICE void store_words(void* p, const Words<kWords>& v KVK_LOC) {
 #endif
 }
 
+// 8 elements.
+template <class T>
+KVK_DEVICE void unpack(const Words<4>& words, float (&x)[8]) {
+  KVK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack2<T>(words.w[i]);
+    x[2 * i] = pair.x;
+    x[2 * i + 1] = pair.y;
+  }
+}
+
 // As load_words<4>, for global memory that nothing writes during the launch and that is read once: bypasses L1.
 KVK_DEVICE Words<4> load_words_once(const void* p KVK_LOC) {
   const uint4 v = ptx::ld_global_nc_16(p KVK_PASS_LOC);

@@ -246,6 +246,20 @@ void dequantize(const DequantizeArgs& args, const Context&) {
   launch_dequantize(args, launcher);
 }
 
+void compress_pages(const CompressPagesArgs& args, const Context&) {
+  check_first([&](Launcher& launcher, Workspace& workspace) { check_compress_values(args, launcher, workspace); });
+  const Call call({}, {args.k_pool.data, args.v_pool.data});
+  NotedLauncher launcher;
+  launch_compress_pages(args, launcher);
+}
+
+void decompress_pages(const DecompressPagesArgs& args, const Context&) {
+  check_first([&](Launcher& launcher, Workspace& workspace) { check_decompress_ids(args, launcher, workspace); });
+  const Call call({args.k.data, args.v.data});
+  NotedLauncher launcher;
+  launch_decompress_pages(args, launcher);
+}
+
 }  // namespace cuda
 
 // ---------------------------------------------------------------------------------------------- csrc/cpu
@@ -267,6 +281,8 @@ void quantize_pages(const QuantizePagesArgs&, Threads&) { unexpected(); }
 void dequantize_pages(const DequantizePagesArgs&, Threads&) { unexpected(); }
 void quantize(const QuantizeArgs&, Threads&) { unexpected(); }
 void dequantize(const DequantizeArgs&, Threads&) { unexpected(); }
+void compress_pages(const CompressPagesArgs&, Threads&) { unexpected(); }
+void decompress_pages(const DecompressPagesArgs&, Threads&) { unexpected(); }
 
 }  // namespace cpu
 }  // namespace kvk

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, singledispatch
+from typing import Any
 
 import torch
 
@@ -101,7 +102,14 @@ class CudaData:
             self.__dict__.pop(name, None)
 
 
-def draw(case: AttentionCase, seed: int, device: str = "cuda") -> CudaData:
+@singledispatch
+def draw(case: Any, seed: int, device: str = "cuda") -> Any:
+    """The tensors of one draw of a case, by its type."""
+    raise TypeError(f"no data for {case!r}")
+
+
+@draw.register
+def draw_dense(case: AttentionCase, seed: int, device: str = "cuda") -> CudaData:
     """Random q, K and V; the pages of all requests in one random order."""
     generator = torch.Generator(device=device).manual_seed(seed)
     dtype = DTYPES[case.dtype]

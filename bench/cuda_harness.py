@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import AttentionCase
-from bench.cuda_data import CudaData, draw
+from bench.cuda_data import draw
 from bench.harness import OURS, admit, paired
 
 COPY_BYTES = 1 << 30
@@ -93,7 +92,7 @@ def l2_bytes() -> int:
     return int(torch.cuda.get_device_properties(0).L2_cache_size)
 
 
-def copies(case: AttentionCase, l2: int) -> int:
+def copies(case: Any, l2: int) -> int:
     """How many draws to rotate through: four times the L2 cache of data, at least two, within a limit."""
     return max(2, min(-(-4 * l2 // case.bytes), MOST_DRAW_BYTES // case.bytes))
 
@@ -143,7 +142,7 @@ class CudaMeasurement:
 
     def __init__(
         self,
-        case: AttentionCase,
+        case: Any,
         implementations: Sequence[Any],
         ceilings: CudaCeilings,
         rounds: int,
@@ -158,7 +157,7 @@ class CudaMeasurement:
         self.kind = "matrix" if compute > memory else "copy"
         self.ceiling_samples: dict[int, float] = {}
 
-    def _seat(self, implementation: Any, draws: list[CudaData]) -> Seat | None:
+    def _seat(self, implementation: Any, draws: list[Any]) -> Seat | None:
         def make() -> Seat:
             prepared = [implementation.build(data) for data in draws]
             error = draws[0].check(prepared[0].result(prepared[0].run()))

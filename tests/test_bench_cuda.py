@@ -13,7 +13,7 @@ import torch
 from building import ROOT
 
 sys.path.insert(0, str(ROOT))
-from bench import bench_paged_cuda, cuda_data, cuda_harness
+from bench import bench_paged_cuda, bench_quant_cuda, bench_sparse_cuda, cuda_data, cuda_harness, cuda_run
 from bench.cases import AttentionCase, WrongResultError
 from bench.harness import Prepared
 
@@ -85,6 +85,51 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
 
+def record_case(bench, width):
+    small = replace(SMALL, page_size=64, head_dim=128)
+    kind = type(bench.cases()[0])
+    return kind(width, small, headline=True, op=bench.cases()[0].op)
+
+
+@pytest.mark.parametrize(("bench", "width"), [(bench_quant_cuda, 4), (bench_sparse_cuda, 40)])
+class TestRecords:
+    """The benchmarks over records: against kvk over dense pages, which are checked for what they are."""
+
+    def test_a_row(self, on_the_cpu, bench, width):
+        case = record_case(bench, width)
+        ceilings = cuda_harness.CudaCeilings("cpu")
+        row = cuda_harness.CudaMeasurement(
+            case, bench.implementations(case), ceilings, rounds=3, turn=1e-3
+        ).run()
+        assert list(row["peers"]) == ["kvk dense"] and row["notes"] == {} and row["error"] < 1e-2
+        assert row["bytes"] == case.bytes < 0.6 * case.dense.bytes
+        wanted = bench.AIMS[width]
+        for ratio, verdict in ((wanted, "met"), (0.99 * wanted, "missed")):
+            row["peers"]["kvk dense"]["ratio"] = ratio
+            assert bench.aim(row, case) == verdict
+        assert bench.aim(row, replace(case, headline=False)) is None
+
+    def test_a_wrong_kvk_is_an_error(self, on_the_cpu, bench, width):
+        case = record_case(bench, width)
+        ours, _ = bench.implementations(case)
+        right = ours.call
+        ours.call = lambda data: (right(data)[0] * 1.1, right(data)[1])
+        with pytest.raises(WrongResultError, match="out is off by"):
+            cuda_harness.CudaMeasurement(case, [ours], cuda_harness.CudaCeilings("cpu"), 1, 1e-3)
+
+    def test_names_are_unique_and_sizes_are_those_of_the_targets(self, bench, width):
+        cases = bench.cases()
+        assert len({(case.op, case.name) for case in cases}) == len(cases)
+        headline = [case for case in cases if case.headline]
+        assert {case.bits for case in headline} >= set(bench.AIMS)
+        assert {
+            (case.dense.batch, case.dense.kv_len, case.dense.q_heads, case.dense.kv_heads)
+            for case in headline
+        } == {(8, 32768, 32, 8)}
+        for case in cases:
+            assert cuda_harness.copies(case, 60 << 20) >= 2
+
+
 class TestBench:
     @pytest.mark.parametrize("case", [SMALL, replace(SMALL, layout="HND"), replace(SMALL, q_len=130)])
     def test_a_row(self, on_the_cpu, case):
@@ -98,9 +143,9 @@ class TestBench:
         assert row["notes"]["broken"] == "failed: ValueError: no such thing"
         row["aim"] = bench_paged_cuda.aim(row, case)
         run = {"rows": [row], "errors": [], "not_run": ["x"], "ceilings": ceilings.as_json()}
-        table = bench_paged_cuda.table(run)
+        table = cuda_run.table(run)
         assert f"| {row['op']} | {case.name} (no graph) |" in table and "broken left out" in table
-        assert "1 rows, 0 errors, no time for 1 cases" in bench_paged_cuda.last_line(run)
+        assert "1 rows, 0 errors, no time for 1 cases" in cuda_run.last_line(run)
 
     def test_a_run(self, on_the_cpu, monkeypatch, tmp_path, capsys):
         """The command, with kvk and one peer: an error in one case is reported, and the next goes on."""

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -290,19 +291,31 @@ def sanitizer(setting: Setting) -> Part:
 # ------------------------------------------------------------------------------------------------------- bench
 
 
+BENCHES = ("paged", "quant", "sparse")  # bench/bench_*_cuda.py
+
+
 def bench(setting: Setting) -> Part:
     """The CUDA benchmarks with the peers that are here; a dry run lists them."""
-    command = [sys.executable, "-m", "bench.bench_paged_cuda"]
-    if setting.dry_run:
-        done = run(setting, [*command, "--list"], "bench.log")
-        return Part(done.verdict(), done.last_line)
-    written, table = setting.output / "bench.json", setting.output / "bench.md"
-    limit = max(5.0, setting.limit - 15)
-    done = run(
-        setting, [*command, "--json", written, "--table", table, "--seconds", f"{limit:.0f}"], "bench.log"
-    )
-    numbers = json.loads(written.read_text()) if written.exists() else {}
-    text = table.read_text() if table.exists() else ""
-    for path in (written, table):
-        path.unlink(missing_ok=True)
-    return Part(done.verdict(), done.last_line, numbers, text)
+    parts: dict[str, Part] = {}
+    start = time.monotonic()
+    for i, family in enumerate(BENCHES):
+        command = [sys.executable, "-m", f"bench.bench_{family}_cuda"]
+        if setting.dry_run:
+            done = run(setting, [*command, "--list"], f"bench-{family}.log")
+            parts[family] = Part(done.verdict(), done.last_line)
+            continue
+        written, table = setting.output / f"bench-{family}.json", setting.output / f"bench-{family}.md"
+        left = setting.limit - 15 - (time.monotonic() - start)
+        limit = max(5.0, left / (len(BENCHES) - i))
+        arguments = ["--json", written, "--table", table, "--seconds", f"{limit:.0f}"]
+        done = run(setting, [*command, *arguments], f"bench-{family}.log")
+        numbers = json.loads(written.read_text()) if written.exists() else {}
+        text = table.read_text() if table.exists() else ""
+        for path in (written, table):
+            path.unlink(missing_ok=True)
+        parts[family] = Part(done.verdict(), done.last_line, numbers, text)
+    verdicts = [part.status for part in parts.values()]
+    status = next((verdict for verdict in verdicts if verdict != "passed"), "passed")
+    detail = "; ".join(f"{family}: {part.detail}" for family, part in parts.items())
+    numbers = {family: part.numbers for family, part in parts.items() if part.numbers}
+    return Part(status, detail, numbers, "\n".join(part.text for part in parts.values() if part.text))

@@ -239,18 +239,9 @@ inline float max_lanes(V x) {
 
 // --- transposition ---------------------------------------------------------------------------------------------------
 
-// dst[i * ld + j] = rows[j][i] for i, j in [0, 8).
-template <class T>
-inline void transpose_8x8(const T* const rows[8], float* dst, int ld) {
 #if defined(__AVX2__)
-  __m256 r[8];
-  for (int j = 0; j < 8; ++j) {
-#if defined(__AVX512F__)
-    r[j] = _mm512_castps512_ps256(native(load_half(rows[j])));
-#else
-    r[j] = native(load(rows[j]));
-#endif
-  }
+// Element j of r[i] to element i of r[j].
+inline void transpose_8x8(__m256* r) {
   __m256 t[8];
   for (int j = 0; j < 8; j += 2) {
     t[j] = _mm256_unpacklo_ps(r[j], r[j + 1]);
@@ -263,12 +254,46 @@ inline void transpose_8x8(const T* const rows[8], float* dst, int ld) {
     r[j + 3] = _mm256_shuffle_ps(t[j + 1], t[j + 3], 0xee);
   }
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(dst + i * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(dst + (i + 4) * ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
   }
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+#endif
+
+// dst[i * ld + j] = rows[j][i] for i, j in [0, 8).
+template <class T>
+inline void transpose_8x8(const T* const rows[8], float* dst, int ld) {
+#if defined(__AVX2__)
+  __m256 r[8];
+  for (int j = 0; j < 8; ++j) {
+#if defined(__AVX512F__)
+    r[j] = _mm512_castps512_ps256(native(load_half(rows[j])));
+#else
+    r[j] = native(load(rows[j]));
+#endif
+  }
+  transpose_8x8(r);
+  for (int i = 0; i < 8; ++i) _mm256_storeu_ps(dst + i * ld, r[i]);
 #else
   for (int j = 0; j < 8; ++j) {
     for (int i = 0; i < 8; ++i) dst[i * ld + j] = to_float(rows[j][i]);
+  }
+#endif
+}
+
+// The same of 32-bit words at any address.
+inline void transpose_words_8x8(const uint8_t* const rows[8], uint32_t* dst, int ld) {
+#if defined(__AVX2__)
+  __m256 r[8];
+  for (int j = 0; j < 8; ++j) r[j] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[j]));
+  transpose_8x8(r);
+  for (int i = 0; i < 8; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i * ld), _mm256_castps_si256(r[i]));
+#else
+  for (int j = 0; j < 8; ++j) {
+    uint32_t words[8];
+    std::memcpy(words, rows[j], sizeof(words));
+    for (int i = 0; i < 8; ++i) dst[i * ld + j] = words[i];
   }
 #endif
 }

@@ -189,6 +189,31 @@ inline V load_levels(const uint8_t* row, int first) {
   return load_codes<kBits>(row, first) - kMiddle<kBits>;
 }
 
+// Codes that take up whole words of 32 bits, a row of words in each lane: of 3 bits 32 in three words, some across two of them.
+template <int kBits>
+inline constexpr int kUnitWords = kBits == 3 ? 3 : 1;
+template <int kBits>
+inline constexpr int kUnitCodes = kUnitWords<kBits> * 32 / kBits;
+
+// Code i of such a unit, less kMiddle.
+template <int kBits>
+inline V unit_levels(const VU32* words, int i) {
+  const int bit = i * kBits, shift = bit % 32;
+  VU32 x = words[bit / 32] >> shift;
+  if (shift + kBits > 32) x |= words[bit / 32 + 1] << (32 - shift);
+#if defined(__AVX512F__)
+  if constexpr (kBits != 8) {
+    return bit_cast<V>(_mm512_permutexvar_ps(bit_cast<__m512i>(x), native(load(kLevels<kBits>.level))));
+  }
+#elif defined(__AVX2__)
+  if constexpr (kBits == 2 || kBits == 3) {
+    return bit_cast<V>(_mm256_permutevar8x32_ps(native(load(kLevels<kBits>.level)), bit_cast<__m256i>(x)));
+  }
+#endif
+  if (shift + kBits != 32) x &= (1u << kBits) - 1;
+  return stdx::static_simd_cast<V>(bit_cast<stdx::rebind_simd_t<int32_t, V>>(x)) - kMiddle<kBits>;
+}
+
 // Codes [first, first + 8) in the low half of a 16-wide vector, 0 above.
 template <int kBits>
 inline V load_codes_half(const uint8_t* row, int first) {

@@ -50,12 +50,7 @@ inline void quant_accumulate(const Record& record, int offset, int count, const 
       accumulate_rows<kBits, kIntegers, n()>(record, offset, count, p + r * kBlockKeys, factor + r, out + r * ldo, ldo,
                                              ahead);
     };
-    switch (std::min(4, num_rows - r)) {
-      case 1: rows(std::integral_constant<int, 1>()); break;
-      case 2: rows(std::integral_constant<int, 2>()); break;
-      case 3: rows(std::integral_constant<int, 3>()); break;
-      default: rows(std::integral_constant<int, 4>()); break;
-    }
+    with_rows(num_rows - r, rows);
   }
 }
 

@@ -43,14 +43,6 @@ inline void into_code_order(const int16_t* p, int16_t* to) {
   }
 }
 
-// to[i] = sum of the lanes of x[i], for eight of them.
-inline void store_lane_sums(const Sums* x, int32_t* to) {
-  const __m256i abcd = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
-  const __m256i efgh = _mm256_hadd_epi32(_mm256_hadd_epi32(x[4], x[5]), _mm256_hadd_epi32(x[6], x[7]));
-  const __m256i low = _mm256_permute2x128_si256(abcd, efgh, 0x20), high = _mm256_permute2x128_si256(abcd, efgh, 0x31);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_add_epi32(low, high));
-}
-
 // Four rows of 32 bytes to 4 x [8 columns][4 rows]: columns 8 i and on to to + i * stride.
 inline void interleave_rows(const uint8_t* const* rows, uint8_t* to, int64_t stride) {
   __m256i x[4];
@@ -95,14 +87,10 @@ inline Words weight_pair(const int16_t* p) {
   return _mm256_set1_epi32(pair);
 }
 
-// Weights of rows 0, 1, 2, 3, ... to 0, 2, 1, 3, ...: pairs as even_rows() and odd_rows() have them. n: a multiple of 16.
-inline void into_row_pairs(int16_t* p, int n) {
-  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5, 2, 3, 6, 7,
-                                         8, 9, 12, 13, 10, 11, 14, 15);
-  for (int i = 0; i < n; i += 16) {
-    const __m256i x = _mm256_shuffle_epi8(load_words(p + i), order);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i), x);
-  }
+// Weights of rows 0, 1, 2, 3, ... to 0, 2, 1, 3, ...: pairs as even_rows() and odd_rows() have them.
+inline Words into_row_pairs(Words x) {
+  return _mm256_shuffle_epi8(x, _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5, 2, 3,
+                                                 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
 }
 
 using V8 = stdx::resize_simd_t<8, V>;

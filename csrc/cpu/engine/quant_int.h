@@ -9,11 +9,6 @@
 
 namespace kvk::cpu::KVK_LEVEL {
 
-// Codes are multiplied as they are; what they lie around is taken off the
-// finished sum, like kMiddle of floats.
-template <int kBits>
-inline constexpr int kCentre = 1 << (kBits - 1);
-
 inline constexpr int kSumBytes = 8;  // bytes of a row whose columns are summed together
 
 #if defined(__AVX2__)
@@ -23,35 +18,24 @@ inline constexpr int kSumBytes = 8;  // bytes of a row whose columns are summed 
 // number; floats take such a row.
 struct IntRow {
   float factor;
-  int32_t sum;  // of the integers
   bool fit;
 };
 
-// `count` <= 4 rows of n floats, n a multiple of 16, to integers. largest: four
+// `count` <= 4 rows of n floats, n a multiple of 16, to integers in pairs as even_rows() and odd_rows() have them. largest: four
 // vectors, of the largest magnitudes of each row.
-inline void to_words(const float* x, int ldx, int count, int n, const V* largest, int16_t* to, int ldt, IntRow* rows) {
+inline void to_row_pairs(const float* x, int ldx, int count, int n, const V* largest, int16_t* to, int ldt,
+                         IntRow* rows) {
   constexpr float kLimit = 32767.0f, kTiny = 1e-30f;
   float top[4];
   max_magnitudes(largest, top);
-  Sums sums[8];
-#pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) sums[r] = zero_sums();
-  const Words ones = _mm256_set1_epi16(1);
   for (int r = 0; r < count; ++r) {
     rows[r].fit = top[r] == 0.0f || (top[r] > kTiny && top[r] < kInf);
     rows[r].factor = top[r] / kLimit;
     const float inverse = top[r] > kTiny ? kLimit / top[r] : 0.0f;
-    Sums sum = zero_sums();
     for (int i = 0; i < n; i += 16) {
-      const Words words = round_words(x + r * ldx + i, inverse);
-      store_words(words, to + r * ldt + i);
-      sum = _mm256_add_epi32(sum, dot2(words, ones));
+      store_words(into_row_pairs(round_words(x + r * ldx + i, inverse)), to + r * ldt + i);
     }
-    sums[r] = sum;
   }
-  int32_t totals[8];
-  store_lane_sums(sums, totals);
-  for (int r = 0; r < count; ++r) rows[r].sum = totals[r];
 }
 
 #endif

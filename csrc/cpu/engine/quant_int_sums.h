@@ -113,10 +113,9 @@ inline void int_sums(const uint8_t* tile, int units, int count, const IntWeights
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const IntRow& row = weights[r].row[g];
-      const Sums centre = _mm256_set1_epi32(kCentre<kBits> * row.sum);
       V8 x[kPerByte];
 #pragma GCC unroll 4
-      for (int i = 0; i < kPerByte; ++i) x[i] = to_floats(_mm256_sub_epi32(sums[r][i], centre)) * row.factor;
+      for (int i = 0; i < kPerByte; ++i) x[i] = to_floats(sums[r][i]) * row.factor;
       interleave<kPerByte>(x);
 #pragma GCC unroll 4
       for (int i = 0; i < kPerByte; ++i) put(r, g, channel + 8 * i, x[i]);
@@ -176,23 +175,19 @@ inline void int_accumulate_along_channels(const Record& record, int offset, int 
       V constant[4] = {0.0f, 0.0f, 0.0f, 0.0f}, largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       for (int g = 0; g < groups; ++g) {
         const float *scales = scale + (first + g) * kBlockKeys, *mins = min + (first + g) * kBlockKeys;
-        V top = 0.0f, sum = 0.0f, products = 0.0f;
+        V top = 0.0f, sum = 0.0f;
         for (int t = 0; t < n; t += W) {
           const V weight = load(own + t), product = weight * load(scales + t);
           store(product, scaled + g * kBlockKeys + t);
           top = larger_magnitude(product, top);
           sum += weight * load(mins + t);
-          products += product;
         }
         largest[g] = top;
-        constant[g] = sum + products * static_cast<float>(kCentre<kBits>);
+        constant[g] = sum;
       }
       int16_t* words = weights[r].words + first * kBlockKeys;
-      to_words(scaled, kBlockKeys, groups, n, largest, words, kBlockKeys, weights[r].row + first);
-      for (int g = 0; g < groups; ++g) {
-        into_row_pairs(words + g * kBlockKeys, n);
-        fit[r] &= weights[r].row[first + g].fit;
-      }
+      to_row_pairs(scaled, kBlockKeys, groups, n, largest, words, kBlockKeys, weights[r].row + first);
+      for (int g = 0; g < groups; ++g) fit[r] &= weights[r].row[first + g].fit;
       sum_lanes(constant[0], constant[1], constant[2], constant[3], weights[r].constant + first);
     }
   }
@@ -240,10 +235,9 @@ inline void int_accumulate_along_tokens(const Record& record, int offset, int co
     }
     IntRow rows[4];
     float totals[4];
-    to_words(own, kBlockKeys, kRows, n, largest, words, kBlockKeys, rows);
+    to_row_pairs(own, kBlockKeys, kRows, n, largest, words, kBlockKeys, rows);
     sum_lanes(total[0], total[1], total[2], total[3], totals);
     for (int r = 0; r < kRows; ++r) {
-      into_row_pairs(words + r * kBlockKeys, n);
       std::copy_n(words + r * kBlockKeys, n, weights[r].words);
       weights[r].row[0] = rows[r];
     }
@@ -252,7 +246,7 @@ inline void int_accumulate_along_tokens(const Record& record, int offset, int co
       if (!rows[r].fit) return;
       float* to = out + r * ldo + c;
       const V8 before(to, stdx::element_aligned), step(scale + c, stdx::element_aligned);
-      const V8 base = V8(min + c, stdx::element_aligned) + step * static_cast<float>(kCentre<kBits>);
+      const V8 base(min + c, stdx::element_aligned);
       const float keep = done == 0 ? factor[r] : 1.0f;
       V8(before * keep + (sum * step + base * totals[r])).copy_to(to, stdx::element_aligned);
     });

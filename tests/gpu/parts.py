@@ -318,4 +318,4 @@ def bench(setting: Setting) -> Part:
     status = next((verdict for verdict in verdicts if verdict != "passed"), "passed")
     detail = "; ".join(f"{family}: {part.detail}" for family, part in parts.items())
     numbers = {family: part.numbers for family, part in parts.items() if part.numbers}
-    return Part(status, detail, numbers, "\n".join(part.text for part in parts.values() if part.text))
+    return Part(status, detail, numbers, "\n".join(part.table for part in parts.values() if part.table))

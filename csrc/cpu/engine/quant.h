@@ -1,13 +1,9 @@
-// Format: quantized records, mixed with dense pages by the tag of a page
-// reference. Scales stay out of the inner loop, which multiplies floats of
-// whole codes, taken around the middle of their range (kMiddle):
-//   K per channel  q.k = sum_d (q_d scale_d) code + sum_d q_d min_d     q is
-//   scaled once for each group of tokens K per token    q.k = sum_g scale_g
-//   sum_d q_d code + min_g sum_d q_d  one factor for each group of channels V
-//   per token    p v = sum_t (p_t scale_t) code + sum_t p_t min_t     p is
-//   scaled once for each group of channels V per channel  p v = scale_d sum_t
-//   p_t code + min_d sum_t p_t       the sum is scaled at the end of a group of
-//   tokens
+// Format: quantized records, mixed with dense pages by the tag of a page reference. Scales stay out of the inner loop, which
+// multiplies whole codes, taken around the middle of their range (kMiddle):
+//   K per channel  q.k = sum_d (q_d scale_d) code + sum_d q_d min_d       q is scaled once for a group of tokens
+//   K per token    q.k = sum_g scale_g sum_d q_d code + min_g sum_d q_d   one factor for a group of channels
+//   V per token    p v = sum_t (p_t scale_t) code + sum_t p_t min_t       p is scaled once for a group of channels
+//   V per channel  p v = scale_d sum_t p_t code + min_d sum_t p_t         the sum is scaled at the end of a group of tokens
 // Bytes: the records, each once for all query heads of its kv head.
 #pragma once
 
@@ -38,8 +34,8 @@ class QuantPages : public MixedPages<T, QuantPages<T>> {
     if (p.quant->format.v.rotate) Mixed::rotate(p.head_dim_v, true, acc);
   }
 
-  // The next block's records, while the present ones are multiplied. Steps:
-  // scores() makes one for 8 keys of a head, the sums one for a few columns.
+  // The next block's records, while the present ones are multiplied. Steps: scores() makes one for 8 keys of a head, the
+  // sums one for a few columns.
   Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int end, int) const {
     return prefetch(rows, scratch, begin, end, &Piece::v, pools_.v_head_stride, v_layout_, kBlockKeys / 8);
   }
@@ -109,8 +105,7 @@ class QuantPages : public MixedPages<T, QuantPages<T>> {
     with_bits(record.part.bits, [&](auto bits) { quant_unpack<bits()>(record, piece.offset, piece.count, to, ld); });
   }
 
-  // Codes, scales and minima of the records of a block, of kv heads [begin,
-  // end); `steps` for each of them.
+  // Codes, scales and minima of the records of a block, of kv heads [begin, end); `steps` for each of them.
   Prefetcher prefetch(const Rows& rows, const void** scratch, int begin, int end, const void* Piece::* part,
                       int64_t head_stride, const QuantLayout& layout, int steps) const {
     typename Mixed::Regions regions;

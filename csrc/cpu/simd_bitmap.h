@@ -244,7 +244,8 @@ inline void nth_largest(const uint16_t* const* rows, int dim, int n, int16_t* nt
   for (int i = 0; i < dim; i += 8) transpose_magnitudes(rows, i, keys + i);
   RowLanes found = {};
   for (int bit = 14; bit >= 0; --bit) {
-    const RowLanes with = found | static_cast<int16_t>(1 << bit);
+    const int16_t value = static_cast<int16_t>(1 << bit);
+    const RowLanes with = found | value;
     RowLanes below[4] = {};  // how many of the elements are; the key as the second operand is read from memory
     for (int i = 0; i < dim; i += 8) {
 #pragma GCC unroll 8

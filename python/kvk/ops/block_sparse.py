@@ -61,7 +61,7 @@ def block_sparse_attention(
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
     return call_attention(
-        _ops.block_sparse_attention,
+        "block_sparse_attention",
         (q, k, v, row_ptr, col_idx, block_q, block_k, cu_seqlens_q, cu_seqlens_k, entry_bias),
         out,
         lse,
@@ -201,7 +201,7 @@ def vertical_slash_attention(
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
     return call_attention(
-        _ops.vertical_slash_attention,
+        "vertical_slash_attention",
         (q, k, v, vertical, slash),
         out,
         lse,

@@ -54,7 +54,7 @@ def neighborhood_attention(
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
     return call_attention(
-        _ops.neighborhood_attention,
+        "neighborhood_attention",
         (q, k, v, _list(kernel_size)),
         out,
         lse,

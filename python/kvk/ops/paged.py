@@ -58,7 +58,7 @@ def paged_decode(
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
     return call_attention(
-        _ops.paged_decode,
+        "paged_decode",
         (q, k_pages, v_pages, page_indices, kv_lens),
         out,
         lse,
@@ -116,7 +116,7 @@ def paged_prefill(
         RuntimeError: as in :func:`paged_decode`.
     """
     return call_attention(
-        _ops.paged_prefill,
+        "paged_prefill",
         (q, qo_indptr, k_pages, v_pages, page_indices, kv_lens),
         out,
         lse,

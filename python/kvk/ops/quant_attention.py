@@ -66,7 +66,7 @@ def quant_decode(
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
     return call_attention(
-        _ops.quant_decode,
+        "quant_decode",
         (q, k_pool, v_pool, page_indices, kv_lens, fmt.numbers),
         out,
         lse,
@@ -123,7 +123,7 @@ def quant_prefill(
         RuntimeError: as in :func:`quant_decode`.
     """
     return call_attention(
-        _ops.quant_prefill,
+        "quant_prefill",
         (q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt.numbers),
         out,
         lse,

@@ -61,7 +61,7 @@ def sparse_decode(
         RuntimeError: an argument has the wrong shape, dtype, device, stride or value; the message names it.
     """
     return call_attention(
-        _ops.sparse_decode,
+        "sparse_decode",
         (q, k_pool, v_pool, page_indices, kv_lens, fmt.numbers),
         out,
         lse,
@@ -114,7 +114,7 @@ def sparse_prefill(
         RuntimeError: as in :func:`sparse_decode`.
     """
     return call_attention(
-        _ops.sparse_prefill,
+        "sparse_prefill",
         (q, qo_indptr, k_pool, v_pool, page_indices, kv_lens, fmt.numbers),
         out,
         lse,

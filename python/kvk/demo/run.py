@@ -68,9 +68,9 @@ def cache_configs(model: Any, calibration: torch.Tensor) -> list[CacheConfig]:
         paged("kvk f32", torch.float32, 2e-5),
         # q, K and V rounded to 8 significant bits in every layer: 8e-3 of the largest logit.
         paged("kvk bf16", torch.bfloat16, 2e-2),
-        # On the default text: KIVI 0.998 and 1.146 times torch's perplexity, rotated int4 1.007, RotateKV 1.054, Mustafar
-        # 1.006 and 1.024. bench/perplexity.py, which prefills 64 tokens at a time, gives 1.002 and 1.20 for KIVI, 1.012
-        # for rotated int4.
+        # On the default text: KIVI 0.998 and 1.146 times torch's perplexity, rotated int4 1.007, RotateKV 1.054,
+        # Mustafar 1.006 and 1.024. bench/perplexity.py, which prefills 64 tokens at a time, gives 1.002 and 1.20 for
+        # KIVI, 1.012 for rotated int4.
         packed("KIVI 4 bit", lambda: kivi_cache(4, dtype=torch.bfloat16), 1.02),
         packed("KIVI 2 bit", lambda: kivi_cache(2, dtype=torch.bfloat16), 1.2),
         packed("rotated int4", lambda: rotated_int4_cache(dtype=torch.bfloat16), 1.04),

@@ -11,7 +11,7 @@ from block_sparse_cases import gradients, make_case
 from kvk import patterns
 from kvk_testing import assert_bit_equal, expect_error
 from paged_strategies import DTYPES
-from torch.library import opcheck
+from torch import library
 
 OP = "block_sparse_attention"
 FORMS = {
@@ -61,12 +61,14 @@ def test_opcheck(form, dtype):
     args, options = positional(case)
     for leaf in args[:3]:
         leaf.requires_grad_()
-    opcheck(torch.ops.kvk.block_sparse_attention.default, args, options)
+    library.opcheck(torch.ops.kvk.block_sparse_attention.default, args, options)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
     out, lse = torch.zeros(*case.q.shape[:2], 40, dtype=dtype), torch.zeros(case.q.shape[:2])
-    opcheck(torch.ops.kvk.block_sparse_attention.out, tuple(detached), {**options, "out": out, "lse": lse})
+    library.opcheck(
+        torch.ops.kvk.block_sparse_attention.out, tuple(detached), {**options, "out": out, "lse": lse}
+    )
     grad_args = (out, lse, *detached[:3], out, lse, *detached[3:])
-    opcheck(torch.ops.kvk.block_sparse_attention_backward.default, grad_args, options)
+    library.opcheck(torch.ops.kvk.block_sparse_attention_backward.default, grad_args, options)
 
 
 @pytest.mark.parametrize("form", list(FORMS))

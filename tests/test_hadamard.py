@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvk import reference
 from kvk_testing import assert_bit_equal, assert_error_rule, expect_error, threads
 from paged_strategies import DTYPES
-from torch.library import opcheck
+from torch import library
 
 INF, NAN = torch.inf, torch.nan
 ORDERS = (1, 12, 20, 28, 40)
@@ -212,11 +212,11 @@ def test_second_derivative():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     x = values(3, 4, 20, dtype=dtype)
-    opcheck(torch.ops.kvk.hadamard.default, (x,), {"scale": 0.5, "transpose": True})
-    opcheck(torch.ops.kvk.hadamard.default, (x.clone().requires_grad_(),))
-    opcheck(torch.ops.kvk.hadamard.default, (x.transpose(0, 1),))
-    opcheck(torch.ops.kvk.hadamard.out, (x,), {"out": torch.zeros_like(x)})
-    opcheck(torch.ops.kvk.hadamard_.default, (x.clone(),))
+    library.opcheck(torch.ops.kvk.hadamard.default, (x,), {"scale": 0.5, "transpose": True})
+    library.opcheck(torch.ops.kvk.hadamard.default, (x.clone().requires_grad_(),))
+    library.opcheck(torch.ops.kvk.hadamard.default, (x.transpose(0, 1),))
+    library.opcheck(torch.ops.kvk.hadamard.out, (x,), {"out": torch.zeros_like(x)})
+    library.opcheck(torch.ops.kvk.hadamard_.default, (x.clone(),))
 
 
 def test_compile():

@@ -8,7 +8,7 @@ import torch
 from kvk_testing import assert_bit_equal, expect_error
 from lightning_cases import int32, make_case
 from paged_strategies import DTYPES
-from torch.library import opcheck
+from torch import library
 
 OPS = torch.ops.kvk
 
@@ -24,14 +24,14 @@ def test_opcheck_attention(dtype):
     for decay in ("none", "head", "token"):
         case = make_case(2, 9, 2, 16, 8, dtype=dtype, decay=decay)
         args = (case.q, case.k, case.v, case.log_decay, case.initial_state)
-        opcheck(OPS.lightning_attention.default, args, {"scale": 0.5})
+        library.opcheck(OPS.lightning_attention.default, args, {"scale": 0.5})
         wanted = tuple(x if x is None else x.clone().requires_grad_() for x in args)
-        opcheck(OPS.lightning_attention.default, wanted, {"scale": 0.5})
+        library.opcheck(OPS.lightning_attention.default, wanted, {"scale": 0.5})
     packed = make_case(1, 9, 2, 16, 8, dtype=dtype, starts=int32(0, 4, 4, 9))
     args = (packed.q, packed.k, packed.v, packed.log_decay.clone().requires_grad_(), None, packed.cu_seqlens)
-    opcheck(OPS.lightning_attention.default, args)
+    library.opcheck(OPS.lightning_attention.default, args)
     out, final = torch.zeros_like(packed.v), torch.zeros(3, 2, 16, 8)
-    opcheck(
+    library.opcheck(
         OPS.lightning_attention.out,
         (*args[:3], None, None, packed.cu_seqlens),
         {"out": out, "final_state": final},
@@ -42,17 +42,19 @@ def test_opcheck_attention(dtype):
 def test_opcheck_backward(dtype):
     case = make_case(2, 9, 2, 16, 8, dtype=dtype)
     args = (torch.ones_like(case.v), torch.ones_like(case.initial_state), case.q, case.k, case.v)
-    opcheck(OPS.lightning_attention_backward.default, (*args, case.log_decay, case.initial_state))
-    opcheck(OPS.lightning_attention_backward.default, (args[0], None, *args[2:], None), {"scale": 2.0})
-    opcheck(OPS.lightning_attention_backward.default, (*args, case.log_decay), {"decay_grad": False})
+    library.opcheck(OPS.lightning_attention_backward.default, (*args, case.log_decay, case.initial_state))
+    library.opcheck(
+        OPS.lightning_attention_backward.default, (args[0], None, *args[2:], None), {"scale": 2.0}
+    )
+    library.opcheck(OPS.lightning_attention_backward.default, (*args, case.log_decay), {"decay_grad": False})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck_decode(dtype):
     args = decode_args(dtype)
-    opcheck(OPS.lightning_decode.default, tuple(args), {"scale": 0.5})
-    opcheck(OPS.lightning_decode.default, (*args[:5], None))
-    opcheck(OPS.lightning_decode.out, tuple(args), {"out": torch.zeros_like(args[2])})
+    library.opcheck(OPS.lightning_decode.default, tuple(args), {"scale": 0.5})
+    library.opcheck(OPS.lightning_decode.default, (*args[:5], None))
+    library.opcheck(OPS.lightning_decode.out, tuple(args), {"out": torch.zeros_like(args[2])})
 
 
 def test_compile():

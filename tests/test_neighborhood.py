@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from kvk import reference
 from kvk_testing import assert_bit_equal, assert_error_rule, expect_error, threads
 from paged_strategies import DTYPES, HEAD_DIMS
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 
 OP = "neighborhood_attention"
 OPS = kvk.neighborhood_attention, reference.neighborhood_attention
@@ -340,11 +339,15 @@ def test_opcheck(dtype):
     case = make_case((5, 6), 3, dtype=dtype)
     lists = {"stride": [2, 1], "dilation": [1, 2], "is_causal": [1, 0], "softmax_scale": 0.3}
     leaves = [x.requires_grad_() for x in case.args[:3]]
-    opcheck(torch.ops.kvk.neighborhood_attention.default, (*leaves, [3]), lists)
+    library.opcheck(torch.ops.kvk.neighborhood_attention.default, (*leaves, [3]), lists)
     tensors = [x.detach() for x in leaves]
     out, lse = torch.zeros_like(tensors[0]), torch.zeros(case.q.shape[:-1])
-    opcheck(torch.ops.kvk.neighborhood_attention.out, (*tensors, [3]), {**lists, "out": out, "lse": lse})
-    opcheck(torch.ops.kvk.neighborhood_attention_backward.default, (out, lse, *tensors, out, lse, [3]), lists)
+    library.opcheck(
+        torch.ops.kvk.neighborhood_attention.out, (*tensors, [3]), {**lists, "out": out, "lse": lse}
+    )
+    library.opcheck(
+        torch.ops.kvk.neighborhood_attention_backward.default, (out, lse, *tensors, out, lse, [3]), lists
+    )
 
 
 def test_meta_and_compile():

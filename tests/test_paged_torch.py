@@ -10,7 +10,7 @@ import torch
 from kvk_testing import assert_bit_equal
 from paged_cases import PagedCase, make_case
 from paged_strategies import DTYPES
-from torch.library import opcheck
+from torch import library
 
 FORMS = {
     "plain": {},
@@ -107,29 +107,29 @@ class TestOpcheck:
     def test_attention(self, build, form):
         case = build(form)
         packet = getattr(torch.ops.kvk, case.name)
-        opcheck(packet.default, case.args, case.options)
-        opcheck(packet.out, case.args, {**case.options, **outputs(case)})
+        library.opcheck(packet.default, case.args, case.options)
+        library.opcheck(packet.out, case.args, {**case.options, **outputs(case)})
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_dtypes(self, dtype):
         for case in (decode_case("plain", dtype), prefill_case("plain", dtype)):
-            opcheck(getattr(torch.ops.kvk, case.name).default, case.args, case.options)
-        opcheck(torch.ops.kvk.append_kv.default, append_args(dtype))
-        opcheck(torch.ops.kvk.merge_states.default, merge_args(dtype))
+            library.opcheck(getattr(torch.ops.kvk, case.name).default, case.args, case.options)
+        library.opcheck(torch.ops.kvk.append_kv.default, append_args(dtype))
+        library.opcheck(torch.ops.kvk.merge_states.default, merge_args(dtype))
 
     def test_append(self):
-        opcheck(torch.ops.kvk.append_kv.default, append_args(layout_hnd=True))
+        library.opcheck(torch.ops.kvk.append_kv.default, append_args(layout_hnd=True))
 
     def test_merge(self):
         out, lse = merge_args()
-        opcheck(torch.ops.kvk.merge_states.default, (out.requires_grad_(), lse.requires_grad_()))
+        library.opcheck(torch.ops.kvk.merge_states.default, (out.requires_grad_(), lse.requires_grad_()))
         out, lse = merge_args()
         merged = {"merged_out": torch.zeros(5, 2, 40), "merged_lse": torch.zeros(5, 2)}
-        opcheck(torch.ops.kvk.merge_states.out, (out, lse), merged)
+        library.opcheck(torch.ops.kvk.merge_states.out, (out, lse), merged)
 
     def test_merge_backward(self):
         out, lse = merge_args()
-        opcheck(
+        library.opcheck(
             torch.ops.kvk.merge_states_backward.default, (torch.randn(5, 2, 40), torch.randn(5, 2), out, lse)
         )
 

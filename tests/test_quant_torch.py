@@ -11,7 +11,7 @@ from kvk_testing import assert_bit_equal
 from paged_strategies import DTYPES
 from quant_attention_cases import QuantCase, make_quant_case
 from quant_cases import values
-from torch.library import opcheck
+from torch import library
 
 FORMAT = kvk.QuantFormat(16, 32, 3, 4, 16, 32, head_dim_v=64)
 IDS = torch.tensor([2, 0], dtype=torch.int32)
@@ -48,17 +48,17 @@ def test_only_pools_are_written():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     pools = zero_pools()
-    opcheck(
+    library.opcheck(
         torch.ops.kvk.quantize_pages.default,
         (*pages(dtype), IDS, *pools, IDS, FORMAT.numbers),
         {"k_clip": 0.9},
     )
-    opcheck(torch.ops.kvk.dequantize_pages.default, (*pools, IDS, FORMAT.numbers, dtype))
+    library.opcheck(torch.ops.kvk.dequantize_pages.default, (*pools, IDS, FORMAT.numbers, dtype))
     for axis in (-1, -2):
         x = values(2, 32, 64, dtype=dtype)
-        opcheck(torch.ops.kvk.quantize.default, (x, 3, 16, axis))
+        library.opcheck(torch.ops.kvk.quantize.default, (x, 3, 16, axis))
         parts = kvk.quantize(x, 3, 16, axis)
-        opcheck(torch.ops.kvk.dequantize.default, (*parts, 3, 16, axis), {"dtype": dtype})
+        library.opcheck(torch.ops.kvk.dequantize.default, (*parts, 3, 16, axis), {"dtype": dtype})
 
 
 def test_meta():
@@ -129,10 +129,10 @@ def test_attention_schema(op):
 def test_attention_opcheck(prefill, options):
     case = attention_case(prefill, **options)
     packet = getattr(torch.ops.kvk, case.name)
-    opcheck(packet.default, as_ops_take_it(case), case.options)
+    library.opcheck(packet.default, as_ops_take_it(case), case.options)
     out, lse = case.run()
     outputs = {"out": torch.zeros_like(out), "lse": torch.zeros_like(lse)}
-    opcheck(packet.out, as_ops_take_it(case), {**case.options, **outputs})
+    library.opcheck(packet.out, as_ops_take_it(case), {**case.options, **outputs})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from kvk_testing import assert_bit_equal, bits, expect_error
 from quant_attention_cases import make_quant_case
-from torch.library import opcheck
+from torch import library
 
 FORMAT = kvk.BitmapFormat(16, 32, 8, 40, head_dim_v=64)
 OPTIONS = {"window_left": 40, "logits_soft_cap": 3.0, "alibi": True, "sinks": True, "key_bias": "head"}
@@ -73,7 +73,7 @@ def test_schema(op):
 def test_opcheck_and_meta_of_pages(op):
     args, options = op_args(op)
     packet = getattr(torch.ops.kvk, op)
-    opcheck(packet.default, args, options)
+    library.opcheck(packet.default, args, options)
     meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]
     got = packet(*meta, **{name: x.to("meta") for name, x in options.items()})
     want = packet(*args, **options)
@@ -93,9 +93,11 @@ def attention_case(prefill: bool, **options):
 def test_attention_opcheck(prefill):
     case = attention_case(prefill, **OPTIONS)
     packet, args = getattr(torch.ops.kvk, case.name), (*case.args, FORMAT.numbers)
-    opcheck(packet.default, args, case.options)
+    library.opcheck(packet.default, args, case.options)
     out, lse = case.run()
-    opcheck(packet.out, args, {**case.options, "out": torch.zeros_like(out), "lse": torch.zeros_like(lse)})
+    library.opcheck(
+        packet.out, args, {**case.options, "out": torch.zeros_like(out), "lse": torch.zeros_like(lse)}
+    )
     options = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in case.options.items()}
     got = getattr(kvk, case.name)(*(x.to("meta") for x in case.args), FORMAT, **options)
     for x, y in zip(got, (out, lse), strict=True):

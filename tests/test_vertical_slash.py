@@ -10,7 +10,7 @@ import torch
 from kvk import reference
 from kvk_testing import assert_bit_equal, assert_error_rule, expect_error, threads
 from paged_strategies import DTYPES
-from torch.library import opcheck
+from torch import library
 
 OP = "vertical_slash_attention"
 
@@ -104,9 +104,9 @@ def test_invariance_and_strides():
 
 def test_torch():
     args, options = make_case([70, 50], lists=(2, 2))
-    opcheck(torch.ops.kvk.vertical_slash_attention.default, args, options)
+    library.opcheck(torch.ops.kvk.vertical_slash_attention.default, args, options)
     outputs = {"out": torch.zeros(120, 4, 40), "lse": torch.zeros(120, 4)}
-    opcheck(torch.ops.kvk.vertical_slash_attention.out, args, {**options, **outputs})
+    library.opcheck(torch.ops.kvk.vertical_slash_attention.out, args, {**options, **outputs})
     compiled = torch.compile(kvk.vertical_slash_attention, fullgraph=True)
     want = kvk.vertical_slash_attention(*args, **options)
     for x, y in zip(compiled(*args, **options), want, strict=True):

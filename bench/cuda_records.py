@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from bench.cases import AttentionCase
 from bench.cuda_data import CudaData, draw, draw_dense
+from bench.cuda_run import Suite, run_suite
 from bench.quant_cases import Ours, QuantAttentionCase, decode_dense, prefill_dense
 from bench.sparse_cases import SparseAttentionCase
 
@@ -74,13 +76,38 @@ def sizes() -> list[AttentionCase]:
     ]
 
 
-def dense_peer(case: QuantAttentionCase) -> Ours:
-    """kvk's own attention over the dense pages."""
-    return Ours(decode_dense if case.dense.q_len == 1 else prefill_dense, DENSE)
+@dataclass(frozen=True)
+class RecordBench:
+    """The command of a family: its attention over records at all sizes, with the targets' widths first."""
 
+    module: str
+    about: str
+    case: type[QuantAttentionCase]
+    ops: tuple[str, str]  # decode and prefill
+    calls: tuple[Callable[[Any], Any], Callable[[Any], Any]]
+    widths: Sequence[int]  # bits of a code, or elements kept of a row
+    aims: Mapping[int, float]  # by width, times faster than dense pages
 
-def aim(row: dict[str, Any], case: QuantAttentionCase, wanted: dict[int, float]) -> str | None:
-    """Whether a headline row is as many times faster than over dense pages as is wanted of its width."""
-    if not case.headline or case.bits not in wanted or DENSE not in row["peers"]:
-        return None
-    return "met" if row["peers"][DENSE]["ratio"] >= wanted[case.bits] else "missed"
+    def cases(self) -> list[QuantAttentionCase]:
+        """Every size with every width; the targets' first."""
+        return [
+            self.case(width, size, headline=size.headline, op=self.ops[size.q_len > 1])
+            for size in sizes()
+            for width in self.widths
+        ]
+
+    def implementations(self, case: QuantAttentionCase) -> list[Any]:
+        """kvk over the records, and over the dense pages."""
+        prefill = case.dense.q_len > 1
+        return [Ours(self.calls[prefill]), Ours(prefill_dense if prefill else decode_dense, DENSE)]
+
+    def aim(self, row: dict[str, Any], case: QuantAttentionCase) -> str | None:
+        """Whether a headline row is as many times faster than over dense pages as is wanted of its width."""
+        if not case.headline or case.bits not in self.aims or DENSE not in row["peers"]:
+            return None
+        return "met" if row["peers"][DENSE]["ratio"] >= self.aims[case.bits] else "missed"
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Runs it."""
+        suite = Suite(self.module, self.about, self.cases, self.implementations, self.aim)
+        return run_suite(suite, argv)

@@ -13,7 +13,9 @@ from functools import cache
 from typing import Any
 
 import emulation
+import kvk
 import torch
+from kvk_testing import assert_bit_equal
 from paged_cases import PagedCase, check_attention
 from torch import Tensor
 
@@ -94,3 +96,21 @@ class CudaCard(Card):
             return moved.set_(memories[memory.data_ptr()], x.storage_offset(), x.size(), x.stride())
 
         return [copy(x) for x in tensors]
+
+
+def check_pages_beyond_the_pools(card: Card, op: str, fmt: Any, k_pages: Tensor, v_pages: Tensor) -> None:
+    """Packs with ids outside the three pages of the source and the pools of two: only page 1 goes to record 0.
+
+    Values on a card are trusted, but can never make a kernel write outside its output.
+    """
+
+    def ids(*pages: int) -> Tensor:
+        return torch.tensor(pages, dtype=torch.int32)
+
+    want = [pool.fill_(7) for pool in fmt.new_pool(2, 2)]
+    getattr(kvk, op)(k_pages, v_pages, ids(1), *want, ids(0), fmt)
+    pools = [pool.fill_(7) for pool in fmt.new_pool(2, 2)]
+    k, v, src, *pools, dst = card.put([k_pages, v_pages, ids(0, 1, 2, 3, -1), *pools, ids(2, 0, -1, 1, 1)])
+    getattr(card.ops, op)(k, v, src, *pools, dst, fmt.numbers)
+    for got, wanted in zip(pools, want, strict=True):
+        assert_bit_equal(got.cpu(), wanted)

@@ -91,7 +91,7 @@ def record_case(bench, width):
     return kind(width, small, headline=True, op=bench.cases()[0].op)
 
 
-@pytest.mark.parametrize(("bench", "width"), [(bench_quant_cuda, 4), (bench_sparse_cuda, 40)])
+@pytest.mark.parametrize(("bench", "width"), [(bench_quant_cuda.BENCH, 4), (bench_sparse_cuda.BENCH, 40)])
 class TestRecords:
     """The benchmarks over records: against kvk over dense pages, which are checked for what they are."""
 
@@ -103,7 +103,7 @@ class TestRecords:
         ).run()
         assert list(row["peers"]) == ["kvk dense"] and row["notes"] == {} and row["error"] < 1e-2
         assert row["bytes"] == case.bytes < 0.6 * case.dense.bytes
-        wanted = bench.AIMS[width]
+        wanted = bench.aims[width]
         for ratio, verdict in ((wanted, "met"), (0.99 * wanted, "missed")):
             row["peers"]["kvk dense"]["ratio"] = ratio
             assert bench.aim(row, case) == verdict
@@ -121,7 +121,7 @@ class TestRecords:
         cases = bench.cases()
         assert len({(case.op, case.name) for case in cases}) == len(cases)
         headline = [case for case in cases if case.headline]
-        assert {case.bits for case in headline} >= set(bench.AIMS)
+        assert {case.bits for case in headline} >= set(bench.aims)
         assert {
             (case.dense.batch, case.dense.kv_len, case.dense.q_heads, case.dense.kv_heads)
             for case in headline

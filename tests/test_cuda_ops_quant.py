@@ -10,7 +10,7 @@ import kvk
 import numpy
 import pytest
 import torch
-from card import Card, EmulatedCard
+from card import Card, EmulatedCard, check_pages_beyond_the_pools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk_testing import assert_bit_equal, expect_error
@@ -163,18 +163,8 @@ def test_no_pages(card: Card):
 
 
 def test_pages_beyond_the_pools_are_left_alone(card: Card):
-    """Values on a card are trusted, but can never make a kernel write outside its output."""
     fmt = GOLDEN_FORMATS["kivi2"]
-    k_pages, v_pages = random_pages(fmt, "nhd", 3, 2, F32)
-    want = fmt.new_pool(2, 2)
-    kvk.quantize_pages(k_pages, v_pages, int32(1), *(pool.fill_(7) for pool in want), int32(0), fmt)
-    pools = [pool.fill_(7) for pool in fmt.new_pool(2, 2)]
-    k, v, src, *pools, dst = card.put(
-        [k_pages, v_pages, int32(0, 1, 2, 3, -1), *pools, int32(2, 0, -1, 1, 1)]
-    )
-    card.ops.quantize_pages(k, v, src, *pools, dst, fmt.numbers)
-    for a, b in zip(pools, want, strict=True):
-        assert_bit_equal(a.cpu(), b)
+    check_pages_beyond_the_pools(card, "quantize_pages", fmt, *random_pages(fmt, "nhd", 3, 2, F32))
 
 
 @settings(max_examples=25)

@@ -12,7 +12,7 @@ import kvk
 import numpy
 import pytest
 import torch
-from card import Card, EmulatedCard
+from card import Card, EmulatedCard, check_pages_beyond_the_pools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk.reference.sparse import pack_bitmap
@@ -184,16 +184,7 @@ def test_no_pages(card: Card):
 
 def test_pages_beyond_the_pools_are_left_alone(card: Card):
     fmt = kvk.BitmapFormat(16, 32, 16, 8)
-    k_pages, v_pages = pages(fmt, 3, 2)
-    want = [pool.fill_(7) for pool in fmt.new_pool(2, 2)]
-    kvk.compress_pages(k_pages, v_pages, int32(1), *want, int32(0), fmt)
-    pools = [pool.fill_(7) for pool in fmt.new_pool(2, 2)]
-    k, v, src, *pools, dst = card.put(
-        [k_pages, v_pages, int32(0, 1, 2, 3, -1), *pools, int32(2, 0, -1, 1, 1)]
-    )
-    card.ops.compress_pages(k, v, src, *pools, dst, fmt.numbers)
-    for a, b in zip(pools, want, strict=True):
-        assert_bit_equal(a.cpu(), b)
+    check_pages_beyond_the_pools(card, "compress_pages", fmt, *pages(fmt, 3, 2))
 
 
 @settings(max_examples=25)

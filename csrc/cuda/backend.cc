@@ -26,12 +26,16 @@ class ContextWorkspace final : public Workspace {
   const Context& context_;
 };
 
-// With KVK_CHECK=1: check(launcher, workspace), before the op's kernels run.
-template <class Check>
-void check_first(const char* op, Device device, const Context& context, Launcher& launcher, Check&& check) {
-  if (!check_mode()) return;
-  ContextWorkspace workspace(op, device, context);
-  check(launcher, workspace);
+// launch(args, launcher), with KVK_CHECK=1 behind check(args, launcher, workspace).
+template <class Args, class Check, class Launch>
+void run_checked(const char* op, Device device, const Args& args, const Context& context, Check&& check,
+                 Launch&& launch) {
+  DriverLauncher launcher(device.index, context.cuda_stream);
+  if (check_mode()) {
+    ContextWorkspace workspace(op, device, context);
+    check(args, launcher, workspace);
+  }
+  launch(args, launcher);
 }
 
 }  // namespace
@@ -45,10 +49,7 @@ void paged_attention(const char* op, const PagedProblem& problem, int64_t list_e
 }
 
 void append_kv(const AppendKvArgs& args, const Context& context) {
-  DriverLauncher launcher(args.k.device.index, context.cuda_stream);
-  check_first("append_kv", args.k.device, context, launcher,
-              [&](Launcher& on, Workspace& workspace) { check_slot_values(args, on, workspace); });
-  launch_append_kv(args, launcher);
+  run_checked("append_kv", args.k.device, args, context, check_slot_values, launch_append_kv);
 }
 
 void merge_states(const MergeStatesArgs& args, const Context& context) {
@@ -73,17 +74,11 @@ void hadamard(const HadamardArgs& args, const Context& context) {
 }
 
 void quantize_pages(const QuantizePagesArgs& args, const Context& context) {
-  DriverLauncher launcher(args.k_pages.device.index, context.cuda_stream);
-  check_first("quantize_pages", args.k_pages.device, context, launcher,
-              [&](Launcher& on, Workspace& workspace) { check_quantize_ids(args, on, workspace); });
-  launch_quantize_pages(args, launcher);
+  run_checked("quantize_pages", args.k_pages.device, args, context, check_quantize_ids, launch_quantize_pages);
 }
 
 void dequantize_pages(const DequantizePagesArgs& args, const Context& context) {
-  DriverLauncher launcher(args.k_pool.device.index, context.cuda_stream);
-  check_first("dequantize_pages", args.k_pool.device, context, launcher,
-              [&](Launcher& on, Workspace& workspace) { check_dequantize_ids(args, on, workspace); });
-  launch_dequantize_pages(args, launcher);
+  run_checked("dequantize_pages", args.k_pool.device, args, context, check_dequantize_ids, launch_dequantize_pages);
 }
 
 void quantize(const QuantizeArgs& args, const Context& context) {
@@ -97,17 +92,11 @@ void dequantize(const DequantizeArgs& args, const Context& context) {
 }
 
 void compress_pages(const CompressPagesArgs& args, const Context& context) {
-  DriverLauncher launcher(args.k_pages.device.index, context.cuda_stream);
-  check_first("compress_pages", args.k_pages.device, context, launcher,
-              [&](Launcher& on, Workspace& workspace) { check_compress_values(args, on, workspace); });
-  launch_compress_pages(args, launcher);
+  run_checked("compress_pages", args.k_pages.device, args, context, check_compress_values, launch_compress_pages);
 }
 
 void decompress_pages(const DecompressPagesArgs& args, const Context& context) {
-  DriverLauncher launcher(args.k_pool.device.index, context.cuda_stream);
-  check_first("decompress_pages", args.k_pool.device, context, launcher,
-              [&](Launcher& on, Workspace& workspace) { check_decompress_ids(args, on, workspace); });
-  launch_decompress_pages(args, launcher);
+  run_checked("decompress_pages", args.k_pool.device, args, context, check_decompress_ids, launch_decompress_pages);
 }
 
 }  // namespace kvk::cuda

@@ -208,4 +208,48 @@ class RecordCase {
   Tensor pools_[2], dense_[2], restored_[2];  // of K and of V, on the device
 };
 
+// The two shapes that both families run: run(what, spec, num_sms).
+
+// bf16, 18/2 heads, dim 64, pages of 32. Lengths take every pipeline around several times.
+template <class Run>
+void run_even_cases(const std::string& name, Run&& run) {
+  test::Spec spec = {.dtype = DType::bf16,
+                     .num_heads = 18,
+                     .num_kv_heads = 2,
+                     .head_dim = 64,
+                     .head_dim_v = 64,
+                     .page_size = 32,
+                     .lens = {0, 1, 77, 1100, 513}};
+  run(name + " decode bf16 18/2 heads, 1 to 3 splits, an empty request", spec, 4);
+  spec.table = test::Table::csr;
+  spec.lens = {600, 1030};
+  run(name + " decode, CSR, a block takes several splits", spec, 1);
+  spec.table = test::Table::dense;
+  spec.heads_first = true;
+  spec.lens = {170, 0, 330, 40};
+  spec.tokens = {70, 2, 3, 0};
+  spec.unowned_tokens = 2;
+  run(name + " prefill: tiled and streamed requests, one without keys, one without tokens, rows of no request", spec,
+      4);
+}
+
+// f16, 10/1 heads, dims off 16, a bias for every key, windows.
+template <class Run>
+void run_odd_cases(const std::string& name, int page_size, Run&& run) {
+  test::Spec spec = {.dtype = DType::f16,
+                     .num_heads = 10,
+                     .num_kv_heads = 1,
+                     .head_dim = 40,
+                     .head_dim_v = 72,
+                     .page_size = page_size,
+                     .lens = {700, 33, 130},
+                     .window_left = 599,
+                     .key_bias = true};
+  run("decode f16 10/1 heads, D 40 and 72, " + name + ", bias, window", spec, 4);
+  spec.lens = {300, 140};
+  spec.tokens = {40, 1};
+  spec.window_left = 60;
+  run("prefill of those with a bias and a window", spec, 4);
+}
+
 }  // namespace kvk

@@ -59,56 +59,20 @@ void check_records(const Case& c, const test::Spec& spec) {
   emu::expect(clear, "zeros between the parts of records");
 }
 
-void run(const std::string& what, const test::Spec& spec, const QuantFormat& format, int num_sms = 4) {
-  Case(spec, format, num_sms, [&](const Case& c) { check_records(c, spec); }).attend(what);
-}
-
-void kivi_cases() {
-  const QuantFormat kivi = {32, 64, 64, {2, 32, true, 0}, {2, 32, false, 0}};
-  test::Spec spec = {.dtype = DType::bf16,
-                     .num_heads = 18,
-                     .num_kv_heads = 2,
-                     .head_dim = 64,
-                     .head_dim_v = 64,
-                     .page_size = 32,
-                     .lens = {0, 1, 77, 1100, 513}};
-  run("KIVI decode bf16 18/2 heads, 1 to 3 splits, an empty request", spec, kivi);
-  spec.table = test::Table::csr;
-  spec.lens = {600, 1030};
-  run("KIVI decode, CSR, a block takes several splits", spec, kivi, 1);
-  spec.table = test::Table::dense;
-  spec.heads_first = true;
-  spec.lens = {170, 0, 330, 40};
-  spec.tokens = {70, 2, 3, 0};
-  spec.unowned_tokens = 2;
-  run("KIVI prefill: tiled and streamed requests, one without keys, one without tokens, rows of no request", spec,
-      kivi);
-}
-
-void odd_cases() {
-  const QuantFormat odd = {34, 40, 72, {8, 40, false, 0}, {3, 17, true, 0}};
-  test::Spec spec = {.dtype = DType::f16,
-                     .num_heads = 10,
-                     .num_kv_heads = 1,
-                     .head_dim = 40,
-                     .head_dim_v = 72,
-                     .page_size = 34,
-                     .lens = {700, 33, 130},
-                     .window_left = 599,
-                     .key_bias = true};
-  run("decode f16 10/1 heads, D 40 and 72, 8 and 3 bits, groups of 17, bias, window", spec, odd);
-  spec.lens = {300, 140};
-  spec.tokens = {40, 1};
-  spec.window_left = 60;
-  run("prefill of those with a bias and a window", spec, odd);
+// Attends over the records that it makes.
+auto over(const QuantFormat& format) {
+  return [format](const std::string& what, const test::Spec& spec, int num_sms) {
+    Case(spec, format, num_sms, [&](const Case& c) { check_records(c, spec); }).attend(what);
+  };
 }
 
 }  // namespace
 }  // namespace kvk
 
 int main() {
-  return kvk::emu::run_tests([] {
-    kvk::kivi_cases();
-    kvk::odd_cases();
+  using namespace kvk;
+  return emu::run_tests([] {
+    run_even_cases("KIVI", over(QuantFormat{32, 64, 64, {2, 32, true, 0}, {2, 32, false, 0}}));
+    run_odd_cases("8 and 3 bits, groups of 17", 34, over(QuantFormat{34, 40, 72, {8, 40, false, 0}, {3, 17, true, 0}}));
   });
 }

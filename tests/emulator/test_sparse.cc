@@ -63,55 +63,20 @@ void check_records(const Case& c, const test::Spec& spec) {
   emu::expect(clear, "zeros behind the bitmaps");
 }
 
-void run(const std::string& what, const test::Spec& spec, const BitmapFormat& format, int num_sms = 4) {
-  Case(spec, format, num_sms, [&](const Case& c) { check_records(c, spec); }).attend(what);
-}
-
-void half_cases() {
-  const BitmapFormat half = {32, 64, 64, DType::bf16, {32, 0}, {16, 0}};
-  test::Spec spec = {.dtype = DType::bf16,
-                     .num_heads = 18,
-                     .num_kv_heads = 2,
-                     .head_dim = 64,
-                     .head_dim_v = 64,
-                     .page_size = 32,
-                     .lens = {0, 1, 77, 1100, 513}};
-  run("decode bf16 18/2 heads, 1 to 3 splits, an empty request", spec, half);
-  spec.table = test::Table::csr;
-  spec.lens = {600, 1030};
-  run("decode, CSR, a block takes several splits", spec, half, 1);
-  spec.table = test::Table::dense;
-  spec.heads_first = true;
-  spec.lens = {170, 0, 330, 40};
-  spec.tokens = {70, 2, 3, 0};
-  spec.unowned_tokens = 2;
-  run("prefill: tiled and streamed requests, one without keys, one without tokens, rows of no request", spec, half);
-}
-
-void odd_cases() {
-  const BitmapFormat odd = {17, 40, 72, DType::f16, {24, 0}, {72, 0}};
-  test::Spec spec = {.dtype = DType::f16,
-                     .num_heads = 10,
-                     .num_kv_heads = 1,
-                     .head_dim = 40,
-                     .head_dim_v = 72,
-                     .page_size = 17,
-                     .lens = {700, 33, 130},
-                     .window_left = 599,
-                     .key_bias = true};
-  run("decode f16 10/1 heads, D 40 and 72, whole values, bias, window", spec, odd);
-  spec.lens = {300, 140};
-  spec.tokens = {40, 1};
-  spec.window_left = 60;
-  run("prefill of those with a bias and a window", spec, odd);
+// Attends over the records that it makes.
+auto over(const BitmapFormat& format) {
+  return [format](const std::string& what, const test::Spec& spec, int num_sms) {
+    Case(spec, format, num_sms, [&](const Case& c) { check_records(c, spec); }).attend(what);
+  };
 }
 
 }  // namespace
 }  // namespace kvk
 
 int main() {
-  return kvk::emu::run_tests([] {
-    kvk::half_cases();
-    kvk::odd_cases();
+  using namespace kvk;
+  return emu::run_tests([] {
+    run_even_cases("half", over(BitmapFormat{32, 64, 64, DType::bf16, {32, 0}, {16, 0}}));
+    run_odd_cases("whole values", 17, over(BitmapFormat{17, 40, 72, DType::f16, {24, 0}, {72, 0}}));
   });
 }

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <random>
 #include <string>
@@ -43,9 +44,11 @@ class DeviceArray {
 
 inline int failures = 0;
 
+// KVK_EMU_STOP ends the program at the first failure: a mutation test needs no second one.
 inline void expect(bool ok, const std::string& what) {
   failures += !ok;
   std::printf("%s  %s\n", ok ? "ok  " : "FAIL", what.c_str());
+  if (!ok && std::getenv("KVK_EMU_STOP") != nullptr) std::exit(1);
 }
 
 // That `f` throws an Error of this kind, or nothing when the kind is "nothing".

@@ -135,8 +135,17 @@ def check_toys(build: Path, builds: tuple[str, ...], jobs: int, verbose: bool) -
     return missed
 
 
+def includes(command: list[str], build: Path, header: str) -> bool:
+    """Whether what the command compiles includes the header."""
+    words = [*command, "-M", "-MF", "-"]
+    del words[words.index("-o") : words.index("-o") + 2]
+    done = subprocess.run(words, cwd=build, capture_output=True, text=True, check=True)
+    return any(path.endswith(f"/include/{header}") for path in done.stdout.split())
+
+
 def compile_commands(build: Path, edit: edits.Edit, copy: Path, out: Path) -> list[list[str]]:
-    """The race build's own commands for the edit's program, with the copied headers first."""
+    """The race build's own commands for the edit's program, with the copied headers first; its objects that the edit
+    leaves as they are stay."""
     entries = json.loads((build / "compile_commands.json").read_text())
     commands: list[list[str]] = []
     objects: list[str] = []
@@ -144,11 +153,17 @@ def compile_commands(build: Path, edit: edits.Edit, copy: Path, out: Path) -> li
         if f"emulator_{edit.test}_race.dir/" not in entry["command"]:
             continue
         words = shlex.split(entry["command"])
-        objects.append(str(out / (Path(entry["file"]).name + ".o")))
-        words[words.index("-o") + 1] = objects[-1]
+        at = words.index("-o") + 1
+        if not includes(words, build, edit.header):
+            objects.append(words[at])
+            continue
+        words[at] = str(out / (Path(entry["file"]).name + ".o"))
+        objects.append(words[at])
         commands.append([words[0], f"-I{copy}", *words[1:]])
     if not commands:
-        raise SystemExit(f"{edit.name}: no emulator test {edit.test} with a race build in {build}")
+        raise SystemExit(
+            f"{edit.name}: no emulator test {edit.test} of {edit.header} with a race build in {build}"
+        )
     objects += (build / f"emulator_{edit.test}_race.objects").read_text().split()
     objects.append(str(build / "kvk_emulator_race.o"))
     link = [commands[0][0], "-fsanitize=undefined", *objects, "-ldl", "-o", str(out / "program")]
@@ -174,7 +189,7 @@ def check_edit(build: Path, edit: edits.Edit) -> dict[str, Outcome]:
                 raise SystemExit(f"{edit.name} does not compile:\n{done.stderr[-2000:]}")
         schedules = edit.schedules or SCHEDULES
         return {
-            name: run(out / "program", {**schedule, **edit.environment})
+            name: run(out / "program", {"KVK_EMU_STOP": "1", **schedule, **edit.environment})
             for name, schedule in schedules.items()
         }
 

@@ -5,7 +5,9 @@ Each function takes the arguments of the op of the same name (without `out` and 
 of the inputs it is the same computation as plain torch does it in that dtype, the yardstick of the error
 rule. Written to be read, not to be fast, and meant for the CPU.
 
-The op in place hadamard_ has no function of its own: `hadamard` says what it writes. All others have.
+The op in place hadamard_ has no function of its own: `hadamard` says what it writes. All others have, but for
+the library's own ops, whose names begin with an underscore: those load kernels, record calls or lay out records,
+and compute no attention (docs/adding-an-op.md). They have tests of their own and no benchmark.
 """
 
 from kvk.reference.block_sparse import block_sparse_attention, vertical_slash_attention

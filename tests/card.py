@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import emulation
 import kvk
+import pytest
 import torch
 from kvk_testing import assert_bit_equal
 from paged_cases import PagedCase, check_attention
@@ -73,6 +74,16 @@ class EmulatedCard(Card):
 
     def put(self, tensors: Sequence[Any]) -> list[Any]:
         return list(tensors)
+
+
+def same_message(checked: Card, call: Callable[[Any], object]) -> None:
+    """call(ops) is refused with the CPU's words."""
+    messages = []
+    for ops in (checked.ops, torch.ops.kvk):
+        with pytest.raises(RuntimeError) as caught:
+            call(ops)
+        messages.append(str(caught.value).splitlines()[0])
+    assert messages[0] == messages[1]
 
 
 class CudaCard(Card):

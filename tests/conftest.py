@@ -49,3 +49,14 @@ def card(request: pytest.FixtureRequest):
     from card import CudaCard, EmulatedCard
 
     return EmulatedCard() if request.param == "emulated" else CudaCard()
+
+
+@pytest.fixture
+def checked():
+    """The emulator under KVK_CHECK=1."""
+    from card import EmulatedCard
+
+    card = EmulatedCard()
+    card.ops._check_values(True)
+    yield card
+    card.ops._check_values(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import test_cuda_ops_hadamard
+import test_cuda_ops_lightning
 import test_cuda_ops_quant
 import test_cuda_ops_sparse
 import torch
@@ -38,6 +39,7 @@ def test_every_kernel_of_the_emulated_library_is_launched():
         card.ops.append_kv(*rows, *pools, torch.tensor([5]))
         test_cuda_ops_quant.launch_every_kernel(card)
         test_cuda_ops_sparse.launch_every_kernel(card)
+        test_cuda_ops_lightning.launch_every_kernel(card)
     finally:
         card.ops._check_values(False)
     test_cuda_ops_hadamard.launch_every_kernel(card)

@@ -12,7 +12,7 @@ import kvk
 import numpy
 import pytest
 import torch
-from card import Card, EmulatedCard, check_pages_beyond_the_pools
+from card import Card, check_pages_beyond_the_pools, same_message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk.reference.sparse import pack_bitmap
@@ -194,23 +194,6 @@ def test_random_cases(card: Card, data):
     dtype, dim = draw(st.sampled_from(KINDS))
     rows = all_bits(draw(st.integers(1, 19)) * dim, dtype, draw(st.integers(0, 2**31))).view(-1, dim)
     check_rows(card, rows, 8 * draw(st.integers(1, dim // 8)))
-
-
-@pytest.fixture
-def checked():
-    card = EmulatedCard()
-    card.ops._check_values(True)
-    yield card
-    card.ops._check_values(False)
-
-
-def same_message(checked: Card, call) -> None:
-    messages = []
-    for ops in (checked.ops, torch.ops.kvk):
-        with pytest.raises(RuntimeError) as caught:
-            call(ops)
-        messages.append(str(caught.value).splitlines()[0])
-    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 2**31 - 1])

@@ -7,6 +7,7 @@
 #include "core/describe.h"
 #include "core/value_errors.h"
 #include "cpu/backend.h"
+#include "cuda/backend.h"
 
 namespace kvk {
 namespace {
@@ -171,16 +172,14 @@ void lightning_decode(const LightningDecodeArgs& args, const Context& context) {
     for (int64_t b = 0; b < B; ++b) {
       const int64_t slot = args.slots.ptr<const int32_t>()[b * args.slots.stride[0]];
       if (slot < 0) continue;
-      if (slot >= args.state.shape[0]) {
-        fail(check.op(), "slots: row ", b, " needs slot ", slot, " of a pool of ", args.state.shape[0]);
-      }
-      if (taken[static_cast<size_t>(slot)]) fail(check.op(), "slots: slot ", slot, " is named again at row ", b);
+      if (slot >= args.state.shape[0]) fail_state_slot(b, slot, args.state.shape[0]);
+      if (taken[static_cast<size_t>(slot)]) fail_state_slot_again(b, slot);
       taken[static_cast<size_t>(slot)] = true;
     }
   }
   by_device(
       check.op(), q, "q", [&] { cpu::lightning_decode(args, threads_of(context)); },
-      [&] { fail(check.op(), "q must be on cpu, got ", device_name(args.q.device)); });
+      [&] { cuda::lightning_decode(args, context); });
 }
 
 }  // namespace kvk

@@ -55,6 +55,14 @@ namespace kvk {
   fail(op, name, " must name pages of the ", num_pages, " of its pool, got ", page, " at entry ", entry);
 }
 
+[[noreturn]] inline void fail_state_slot(int64_t row, int64_t slot, int64_t num_slots) {
+  fail("lightning_decode", "slots: row ", row, " needs slot ", slot, " of a pool of ", num_slots);
+}
+
+[[noreturn]] inline void fail_state_slot_again(int64_t row, int64_t slot) {
+  fail("lightning_decode", "slots: slot ", slot, " is named again at row ", row);
+}
+
 // Of row [page, token, head] of a mask or of bitmaps.
 [[noreturn]] inline void fail_selected(const char* op, const char* name, int64_t keep, int64_t selected, int64_t page,
                                        int64_t token, int64_t head) {

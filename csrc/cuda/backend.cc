@@ -99,4 +99,11 @@ void decompress_pages(const DecompressPagesArgs& args, const Context& context) {
   run_checked("decompress_pages", args.k_pool.device, args, context, check_decompress_ids, launch_decompress_pages);
 }
 
+void lightning_decode(const LightningDecodeArgs& args, const Context& context) {
+  DriverLauncher launcher(args.q.device.index, context.cuda_stream);
+  check_first("lightning_decode", args.q.device, context, launcher,
+              [&](Launcher& on, Workspace& workspace) { check_state_slots(args, on, workspace); });
+  launch_lightning_decode(args, launcher);
+}
+
 }  // namespace kvk::cuda

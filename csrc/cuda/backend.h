@@ -6,6 +6,7 @@
 #include "core/paged_problem.h"
 #include "kvk/context.h"
 #include "kvk/hadamard.h"
+#include "kvk/lightning.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
 #include "kvk/sparse.h"
@@ -25,6 +26,7 @@ void quantize(const QuantizeArgs& args, const Context& context);
 void dequantize(const DequantizeArgs& args, const Context& context);
 void compress_pages(const CompressPagesArgs& args, const Context& context);
 void decompress_pages(const DecompressPagesArgs& args, const Context& context);
+void lightning_decode(const LightningDecodeArgs& args, const Context& context);
 
 // Waits for the stream and copies from the card: what recording does (csrc/core/dump.h).
 void read_memory(Device device, void* stream, void* host, const void* from, size_t bytes);

@@ -15,6 +15,9 @@ Kernel table_kernel() { return {kHeader, "kvk::device::check_table_kernel<" + st
 Kernel slots_kernel() { return {kHeader, "kvk::device::check_slots_kernel<" + std::to_string(kThreads) + ">"}; }
 Kernel ids_kernel() { return {kHeader, "kvk::device::check_ids_kernel<" + std::to_string(kThreads) + ">"}; }
 
+Kernel state_slots_kernel() {
+  return {kHeader, "kvk::device::check_state_slots_kernel<" + std::to_string(kThreads) + ">"};
+}
 Kernel select_kernel() { return {kHeader, "kvk::device::check_select_kernel<" + std::to_string(kThreads) + ">"}; }
 
 template <class Params>
@@ -69,14 +72,18 @@ void check_slot_values(const AppendKvArgs& args, Launcher& launcher, Workspace& 
 
 namespace {
 
-void check_ids(const char* op, const Tensor& ids, const char* name, int64_t num_pages, Launcher& launcher,
-               Workspace& workspace) {
+device::CheckIdsParams ids_params(const Tensor& ids, int64_t limit) {
   device::CheckIdsParams params = {};
   params.ids = ids.ptr<const int32_t>();
   params.stride = ids.stride[0];
   params.count = ids.shape[0];
-  params.num_pages = num_pages;
-  const BadValue bad = find_bad_value(ids_kernel(), params, launcher, workspace);
+  params.limit = limit;
+  return params;
+}
+
+void check_ids(const char* op, const Tensor& ids, const char* name, int64_t num_pages, Launcher& launcher,
+               Workspace& workspace) {
+  const BadValue bad = find_bad_value(ids_kernel(), ids_params(ids, num_pages), launcher, workspace);
   if (bad.kind == BadValue::kId) fail_id(op, name, num_pages, bad.value, bad.index);
 }
 
@@ -122,6 +129,15 @@ void check_decompress_ids(const DecompressPagesArgs& args, Launcher& launcher, W
   check_ids("decompress_pages", args.ids, "ids", args.k_pool.shape[0], launcher, workspace);
 }
 
-std::vector<Kernel> check_kernels() { return {table_kernel(), slots_kernel(), ids_kernel(), select_kernel()}; }
+void check_state_slots(const LightningDecodeArgs& args, Launcher& launcher, Workspace& workspace) {
+  const BadValue bad =
+      find_bad_value(state_slots_kernel(), ids_params(args.slots, args.state.shape[0]), launcher, workspace);
+  if (bad.kind == BadValue::kStateSlot) fail_state_slot(bad.index, bad.value, args.state.shape[0]);
+  if (bad.kind == BadValue::kStateSlotAgain) fail_state_slot_again(bad.index, bad.value);
+}
+
+std::vector<Kernel> check_kernels() {
+  return {table_kernel(), slots_kernel(), ids_kernel(), select_kernel(), state_slots_kernel()};
+}
 
 }  // namespace kvk::cuda

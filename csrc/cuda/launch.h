@@ -9,6 +9,7 @@
 #include "cuda/launcher.h"
 #include "kvk/device/hadamard_params.h"
 #include "kvk/hadamard.h"
+#include "kvk/lightning.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
 #include "kvk/sparse.h"
@@ -34,11 +35,13 @@ void launch_quantize(const QuantizeArgs& args, Launcher& launcher);
 void launch_dequantize(const DequantizeArgs& args, Launcher& launcher);
 void launch_compress_pages(const CompressPagesArgs& args, Launcher& launcher);
 void launch_decompress_pages(const DecompressPagesArgs& args, Launcher& launcher);
+void launch_lightning_decode(const LightningDecodeArgs& args, Launcher& launcher);
 
 // The kernels that precompile compiles when it is not told which: common head dims, no score options.
 std::vector<Kernel> default_kernels();
 std::vector<Kernel> default_quant_kernels();
 std::vector<Kernel> default_sparse_kernels();
+std::vector<Kernel> default_lightning_kernels();
 
 // "kvk::device::NAME<kvk::device::bf16, ARG, ..>"
 std::string kernel_type(DType dtype);

@@ -146,6 +146,27 @@ EDITS: tuple[Edit, ...] = (
         test="sparse",
     ),
     Edit(
+        name="a decode step that reads q and k before they are there",
+        header="kvk/device/lightning_decode.cuh",
+        old="__syncthreads();  // q and k are there for all warps",
+        new="",
+        test="lightning",
+    ),
+    Edit(
+        name="a decode step that sums what other warps still write",
+        header="kvk/device/lightning_decode.cuh",
+        old="__syncthreads();  // the parts of all warps are there",
+        new="",
+        test="lightning",
+    ),
+    Edit(
+        name="rows of a state counted twice where Dk is no multiple of a block's",
+        header="kvk/device/lightning_decode.cuh",
+        old="if (d >= p_.dk) break;",
+        new="if (first >= p_.dk) break;",
+        test="lightning",
+    ),
+    Edit(
         name="kept values go to memory while lanes still write them",
         header="kvk/device/sparse.cuh",
         old="__syncwarp();  // all values are there",

@@ -20,6 +20,7 @@ from kvk.reference.sparse import pack_bitmap
 from kvk_testing import assert_bit_equal
 from paged_cases import make_case
 from quant_attention_cases import make_quant_case
+from test_lightning import decode_case
 
 BF16 = {"dtype": torch.bfloat16, "head_dim": 64}
 F16 = {"dtype": torch.float16, "head_dim": 32, "head_dim_v": 40}
@@ -56,7 +57,7 @@ def walk(card: Card) -> int:
         torch.testing.assert_close(merged[1].cpu().double(), exact[1], rtol=1e-4, atol=1e-4)
         grads = card.ops.merge_states_backward(*merged, *parts)
         assert all(bool(grad.isfinite().all()) for grad in grads)
-    return len(cases) + 6 + walk_quantized(card) + walk_sparse(card)
+    return len(cases) + 6 + walk_quantized(card) + walk_sparse(card) + walk_lightning(card)
 
 
 def walk_quantized(card: Card) -> int:
@@ -109,6 +110,18 @@ def walk_sparse(card: Card) -> int:
         for got, right in zip(back, kvk.decompress_pages(*want, dst, records), strict=True):
             assert_bit_equal(got.cpu(), right)
     return 8 + walk_attention(card, fmt)
+
+
+def walk_lightning(card: Card) -> int:
+    """The decode step on a pool of states, one row of it skipped."""
+    for dtype in (torch.float32, torch.bfloat16):
+        args = decode_case(dk=64, dv=40, dtype=dtype)
+        q, k, v, pool, *rest = card.put([x.clone() for x in args])
+        out = card.ops.lightning_decode(q, k, v, pool, *rest)
+        right = kvk.lightning_decode(*args)
+        torch.testing.assert_close(out.cpu().float(), right.float(), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(pool.cpu(), args[3], rtol=1e-5, atol=1e-5)
+    return 2
 
 
 def walk_attention(card: Card, fmt: kvk.QuantFormat | kvk.BitmapFormat) -> int:

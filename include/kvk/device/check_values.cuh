@@ -182,7 +182,7 @@ check_ids_kernel(const __grid_constant__ CheckIdsParams p) {
   uint64_t first = kAllGood;
   for (int64_t i = threadIdx.x; i < p.count && first == kAllGood; i += kThreads) {
     const int32_t page = p.ids[i * p.stride];
-    if (page < 0 || page >= p.num_pages) first = static_cast<uint64_t>(i);
+    if (page < 0 || page >= p.limit) first = static_cast<uint64_t>(i);
   }
   first = block_min<kThreads>(first);
   if (threadIdx.x != 0) return;
@@ -190,6 +190,34 @@ check_ids_kernel(const __grid_constant__ CheckIdsParams p) {
   if (first != kAllGood) {
     bad.kind = BadValue::kId;
     bad.index = static_cast<int64_t>(first);
+    bad.value = p.ids[bad.index * p.stride];
+  }
+  *p.found = bad;
+}
+
+// What is wrong with the slot of row b: negative ones name none, the others only one each.
+KVK_DEVICE BadValue::Kind judge_state_slot(const CheckIdsParams& p, int64_t b) {
+  const int32_t slot = p.ids[b * p.stride];
+  if (slot >= p.limit) return BadValue::kStateSlot;
+  for (int64_t before = 0; slot >= 0 && before < b; ++before) {
+    if (p.ids[before * p.stride] == slot) return BadValue::kStateSlotAgain;
+  }
+  return BadValue::kNone;
+}
+
+template <int kThreads>
+KVK_KERNEL(kThreads, 1)
+check_state_slots_kernel(const __grid_constant__ CheckIdsParams p) {
+  uint64_t first = kAllGood;
+  for (int64_t b = threadIdx.x; b < p.count && first == kAllGood; b += kThreads) {
+    if (judge_state_slot(p, b) != BadValue::kNone) first = static_cast<uint64_t>(b);
+  }
+  first = block_min<kThreads>(first);
+  if (threadIdx.x != 0) return;
+  BadValue bad;
+  if (first != kAllGood) {
+    bad.index = static_cast<int64_t>(first);
+    bad.kind = judge_state_slot(p, bad.index);
     bad.value = p.ids[bad.index * p.stride];
   }
   *p.found = bad;

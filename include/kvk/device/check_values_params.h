@@ -21,6 +21,8 @@ struct BadValue {
     kTag,              // value: the tag; index and entry as of kPage
     kId,               // value: the page; index: the entry
     kSelected,         // value: elements that a row selects; index: the row, of all
+    kStateSlot,        // value: the slot; index: the row
+    kStateSlotAgain,   // the same, of a slot that an earlier row names
   };
   Kind kind = kNone;
   int32_t of_queries = 0;  // starts: of qo_indptr, not of page_indptr
@@ -44,7 +46,7 @@ struct CheckSlotsParams {
 
 struct CheckIdsParams {
   const int32_t* ids;
-  int64_t stride, count, num_pages;
+  int64_t stride, count, limit;  // an id is below the limit
   BadValue* found;
 };
 

@@ -260,6 +260,13 @@ void decompress_pages(const DecompressPagesArgs& args, const Context&) {
   launch_decompress_pages(args, launcher);
 }
 
+void lightning_decode(const LightningDecodeArgs& args, const Context&) {
+  check_first([&](Launcher& launcher, Workspace& workspace) { check_state_slots(args, launcher, workspace); });
+  const Call call({args.out.data}, {args.state.data});
+  NotedLauncher launcher;
+  launch_lightning_decode(args, launcher);
+}
+
 }  // namespace cuda
 
 // ---------------------------------------------------------------------------------------------- csrc/cpu
@@ -283,6 +290,9 @@ void quantize(const QuantizeArgs&, Threads&) { unexpected(); }
 void dequantize(const DequantizeArgs&, Threads&) { unexpected(); }
 void compress_pages(const CompressPagesArgs&, Threads&) { unexpected(); }
 void decompress_pages(const DecompressPagesArgs&, Threads&) { unexpected(); }
+void lightning_attention(const LightningArgs&, Threads&) { unexpected(); }
+void lightning_attention_backward(const LightningBackwardArgs&, Threads&) { unexpected(); }
+void lightning_decode(const LightningDecodeArgs&, Threads&) { unexpected(); }
 
 }  // namespace cpu
 }  // namespace kvk

@@ -1,0 +1,105 @@
+// Parameters of the lightning attention kernels.
+#pragma once
+
+#include "kvk/device/paged_problem.h"
+
+namespace kvk::device {
+
+inline constexpr int kMostLightningDim = 256;
+
+// fp32 [slots, heads, Dk, Dv], last stride 1; rows on multiples of 16 bytes.
+struct StateView {
+  float* data;
+  int64_t slot_stride, head_stride, row_stride;  // elements
+};
+
+// fp32 log decays of (row or token, head); null: no decay. row_stride 0: of a head alone.
+struct DecayView {
+  const float* data;
+  int64_t row_stride, head_stride;
+
+  KVK_HOST_DEVICE const float* at(int64_t row, int64_t head) const {
+    return data == nullptr ? nullptr : data + row * row_stride + head * head_stride;
+  }
+};
+
+struct LightningDecodeParams {
+  RowsView q, k, v;  // [batch, heads, Dk] and [.., Dv], rows on multiples of 16 bytes
+  RowsView out;      // written
+  StateView state;   // updated in place
+  int64_t num_slots;
+  const int32_t* slots;  // [batch]; negative: skip
+  int64_t slots_stride;
+  DecayView log_decay;
+  int32_t num_heads, dk, dv;
+  float scale;
+};
+
+// Element 0 of (batch row, token, head) of a [B, T, H, ..] tensor.
+struct SequenceView {
+  void* data;                                       // log decays: null for none
+  int64_t batch_stride, token_stride, head_stride;  // elements; log decays of heads alone: 0, 0, ..
+};
+
+// Which tokens are a sequence.
+struct SequenceStarts {
+  const int32_t* starts;  // [num_sequences + 1], of batch row 0; null: a sequence a batch row
+  int64_t stride;
+  int64_t num_sequences, num_tokens;  // num_tokens: of a batch row
+
+  // Starts that are off never lead past the tokens.
+  KVK_HOST_DEVICE int64_t start(int64_t n) const {
+    const int64_t at = starts[n * stride];
+    return at < 0 ? 0 : at < num_tokens ? at : num_tokens;
+  }
+};
+
+struct LightningParams {
+  SequenceView q, k, v;  // rows on multiples of 16 bytes
+  SequenceView out;      // written
+  SequenceView log_decay;
+  StateView initial, final;  // of a sequence; initial.data null: zeros. final is written, and may be initial
+  SequenceStarts sequences;
+  int32_t num_heads, dk, dv;
+  float scale;
+};
+
+// Sizes that follow from Dk; the kernel uses them as constants, the launch code to ask for shared memory.
+struct LightningShape {
+  static constexpr int kChunk = 64, kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kColumns = 16 * kWarps;  // of v, of a block
+  // Of a row in shared memory, elements; keeps ldmatrix free of bank conflicts.
+  static constexpr int kScorePitch = kChunk + 8, kValuePitch = kColumns + 8;
+  static constexpr int kDecayFloats = 4 * kChunk + 4;
+
+  int dim, pitch;   // of k and q: mma works on 16 channels at a time; the padding is filled with zeros
+  int stages;       // beyond Dk 128 one: so many bytes of q and k that two blocks could not fit beside each other
+  int score_parts;  // bf16 numbers that stand for a score
+
+  // small: for cards that give a block 99 KiB (sm_86, sm_89, sm_120), where the usual shape wants more.
+  KVK_HOST_DEVICE constexpr LightningShape(int dk, int parts, bool small)
+      : dim(round_up(dk, 16)), pitch(dim + 8), stages(small || dim > 128 ? 1 : 2), score_parts(parts) {}
+
+  KVK_HOST_DEVICE constexpr size_t key_elements() const { return size_t(kChunk) * pitch; }
+  KVK_HOST_DEVICE constexpr size_t value_elements() const { return size_t(kChunk) * kValuePitch; }
+  KVK_HOST_DEVICE constexpr size_t score_elements() const { return size_t(kChunk) * kScorePitch; }
+  // In the order in which the kernel takes its parts; all are multiples of 16 bytes.
+  KVK_HOST_DEVICE constexpr size_t shared_bytes() const {
+    return (stages * (2 * key_elements() + value_elements()) + score_parts * score_elements()) * 2 +
+           2 * kDecayFloats * sizeof(float);
+  }
+};
+
+template <class T_, int kDim_, bool kSmall_ = false>
+struct LightningConfig {
+  using T = T_;
+  // An f16 is two bf16 exactly. What is computed on the way to an output of bf16 is rounded to it once more than need be.
+  static constexpr int kInputParts = kSameType<T_, bf16> ? 1 : 2, kScoreParts = kInputParts;
+  static constexpr LightningShape kShape = LightningShape(kDim_, kScoreParts, kSmall_);
+  static constexpr int kDim = kShape.dim, kPitch = kShape.pitch, kStages = kShape.stages;
+};
+
+// Columns of a state that a block of the decode step takes: 128 bytes of a row, 8 lanes.
+inline constexpr int kLightningDecodeColumns = 32;
+
+}  // namespace kvk::device

@@ -1,0 +1,122 @@
+// Lightning attention on CUDA: libkvk's launch code over the emulator, against the recurrence in double.
+#include "cuda/launch.h"
+#include "emulator/launch_ops.h"
+#include "emulator/paged_device.h"
+#include "kvk/device/lightning_decode.cuh"
+
+KVK_EMULATED_KERNEL(kvk::device::lightning_decode_kernel<kvk::device::bf16>);
+KVK_EMULATED_KERNEL(kvk::device::lightning_decode_kernel<float>);
+
+namespace kvk {
+namespace {
+
+using test::Array;
+using test::element;
+
+// One head's S = exp(log) S + k v^T and scale * S^T q, in double.
+class Recurrence {
+ public:
+  Recurrence(int64_t dk, int64_t dv) : dk_(dk), dv_(dv), state_(static_cast<size_t>(dk * dv)) {}
+  double& state(int64_t d, int64_t c) { return state_[static_cast<size_t>(d * dv_ + c)]; }
+
+  template <class Q, class K, class V>
+  std::vector<double> step(double log, double scale, Q&& q, K&& k, V&& v) {
+    std::vector<double> out(static_cast<size_t>(dv_));
+    for (int64_t d = 0; d < dk_; ++d) {
+      for (int64_t c = 0; c < dv_; ++c) {
+        state(d, c) = std::exp(log) * state(d, c) + k(d) * v(c);
+        out[static_cast<size_t>(c)] += scale * q(d) * state(d, c);
+      }
+    }
+    return out;
+  }
+
+ private:
+  int64_t dk_, dv_;
+  std::vector<double> state_;
+};
+
+// The worst error so far; NaN counts.
+struct Worst {
+  double value = 0;
+  void see(double got, double want) {
+    value = std::max(value, std::isnan(got - want) ? INFINITY : std::fabs(got - want));
+  }
+};
+
+void expect_close(const Worst& worst, double limit, const std::string& what) {
+  emu::expect(worst.value <= limit, what + ": worst error " + std::to_string(worst.value));
+}
+
+void test_decode(DType dtype, int64_t dk, int64_t dv, bool per_row) {
+  constexpr int64_t kBatch = 4, kHeads = 2, kSlots = 5;
+  const std::vector<int32_t> named = {3, -1, 0, 4};
+  test::Random random(3);
+  const Array q = Array::random(dtype, {kBatch, kHeads, dk}, random);
+  const Array k = Array::random(dtype, {kBatch, kHeads, dk}, random);
+  const Array v = Array::random(dtype, {kBatch, kHeads, dv}, random);
+  const Array pool = Array::random(DType::f32, {kSlots, kHeads, dk, dv}, random);
+  const Array slots = Array::of(named);
+  Array log =
+      per_row ? Array::random(DType::f32, {kBatch, kHeads}, random) : Array::random(DType::f32, {kHeads}, random);
+  for (int64_t i = 0; i < log.view().numel(); ++i) log.set(i, -std::fabs(log.view().ptr<const float>()[i]));
+  const Array out(dtype, {kBatch, kHeads, dv});
+  OnDevice device;
+  const emu::DeviceArray<float> state(
+      std::vector<float>(pool.view().ptr<float>(), pool.view().ptr<float>() + pool.view().numel()), emu::Use::in_out,
+      "state");
+
+  LightningDecodeArgs args = {device(q.view()),
+                              device(k.view()),
+                              device(v.view()),
+                              pool.view(),
+                              device(slots.view()),
+                              device(log.view()),
+                              0.5,
+                              device(out.view(), emu::Use::output)};
+  args.state.data = state.data();
+  emu::EmulatorLauncher launcher;
+  cuda::launch_lightning_decode(args, launcher);
+
+  Worst worst_out, worst_state;
+  for (int64_t b = 0; b < kBatch; ++b) {
+    for (int64_t h = 0; h < kHeads; ++h) {
+      const int64_t slot = named[static_cast<size_t>(b)];
+      std::vector<double> want(static_cast<size_t>(dv));
+      if (slot >= 0) {
+        Recurrence head(dk, dv);
+        for (int64_t d = 0; d < dk; ++d) {
+          for (int64_t c = 0; c < dv; ++c) head.state(d, c) = element(pool.view(), {slot, h, d, c});
+        }
+        want = head.step(
+            per_row ? element(log.view(), {b, h}) : element(log.view(), {h}), 0.5,
+            [&](int64_t d) { return element(q.view(), {b, h, d}); },
+            [&](int64_t d) { return element(k.view(), {b, h, d}); },
+            [&](int64_t c) { return element(v.view(), {b, h, c}); });
+        for (int64_t d = 0; d < dk; ++d) {
+          for (int64_t c = 0; c < dv; ++c) worst_state.see(element(args.state, {slot, h, d, c}), head.state(d, c));
+        }
+      }
+      for (int64_t c = 0; c < dv; ++c) worst_out.see(element(args.out, {b, h, c}), want[static_cast<size_t>(c)]);
+    }
+  }
+  for (int64_t slot : {1, 2}) {  // nobody's
+    for (int64_t h = 0; h < kHeads; ++h) {
+      for (int64_t d = 0; d < dk; ++d)
+        worst_state.see(element(args.state, {slot, h, d, 0}), element(pool.view(), {slot, h, d, 0}));
+    }
+  }
+  const std::string what = "decode " + std::to_string(dk) + " x " + std::to_string(dv);
+  expect_close(worst_state, 2e-6, what + ", states");
+  expect_close(worst_out, dtype == DType::f32 ? 2e-5 : 0.1, what + ", out");
+}
+
+}  // namespace
+}  // namespace kvk
+
+int main() {
+  return kvk::emu::run_tests([] {
+    kvk::test_decode(kvk::DType::bf16, 144, 72, true);
+    kvk::test_decode(kvk::DType::f32, 40, 8, false);
+  });
+}

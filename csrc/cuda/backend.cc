@@ -100,10 +100,7 @@ void decompress_pages(const DecompressPagesArgs& args, const Context& context) {
 }
 
 void lightning_decode(const LightningDecodeArgs& args, const Context& context) {
-  DriverLauncher launcher(args.q.device.index, context.cuda_stream);
-  check_first("lightning_decode", args.q.device, context, launcher,
-              [&](Launcher& on, Workspace& workspace) { check_state_slots(args, on, workspace); });
-  launch_lightning_decode(args, launcher);
+  run_checked("lightning_decode", args.q.device, args, context, check_state_slots, launch_lightning_decode);
 }
 
 }  // namespace kvk::cuda

@@ -159,3 +159,94 @@ def block_diffusion_mask(blocks: int, *, device: torch.device | str | None = Non
     context = noised_row & ~noised_column & (block_row > block_column)
     clean = ~noised_row & ~noised_column & (block_row >= block_column)
     return same | context | clean
+
+
+def pooled_block_mask(q: Tensor, k: Tensor, block_q: int, block_k: int, top: int) -> Tensor:
+    """The key blocks whose mean key has the largest products with the mean query (MInference's block-sparse heads,
+    Jiang et al. 2024).
+
+    Args:
+        q: [T, Hq, D]; k: [S, Hkv, D]; one sequence, query i at position S - T + i.
+        top: key blocks of a query block, the causal ones if there are no more.
+
+    Returns:
+        bool [Hq, Mb, Nb]: of the key blocks that a query block's last query sees, the `top` best.
+
+    Raises:
+        ValueError: T exceeds S, or top is below 1.
+    """
+    tokens, keys = _one_sequence(q, k)
+    if top < 1:
+        raise ValueError(f"kvk: top must be at least 1, got {top}")
+    means = [_block_means(x, block) for x, block in ((q, block_q), (k, block_k))]
+    pooled_k = means[1].repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.einsum("mhd,nhd->hmn", means[0], pooled_k)
+    rows, columns = scores.shape[1:]
+    last = torch.arange(1, rows + 1, device=q.device).mul(block_q).clamp(max=tokens) - 1 + (keys - tokens)
+    first = torch.arange(columns, device=q.device) * block_k
+    seen = first <= last[:, None]
+    best = scores.masked_fill(~seen, -torch.inf).topk(min(top, columns), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True) & seen
+
+
+def _one_sequence(q: Tensor, k: Tensor) -> tuple[int, int]:
+    if q.shape[0] > k.shape[0]:
+        raise ValueError(f"kvk: q has {q.shape[0]} tokens, more than the {k.shape[0]} keys they see")
+    return q.shape[0], k.shape[0]
+
+
+def _block_means(x: Tensor, block: int) -> Tensor:
+    """[ceil(T / block), H, D] in float32; the last block may be short."""
+    tokens = x.shape[0]
+    ids = torch.arange(tokens, device=x.device) // block
+    sums = x.new_zeros(-(-tokens // block), *x.shape[1:], dtype=torch.float32).index_add_(0, ids, x.float())
+    return sums / torch.bincount(ids, minlength=sums.shape[0])[:, None, None].clamp(min=1)
+
+
+def vertical_slash_index(
+    q: Tensor,
+    k: Tensor,
+    vertical: int,
+    slash: int,
+    *,
+    softmax_scale: float | None = None,
+    last: int = 64,
+    first_keys: int = 30,
+    near: int = 100,
+) -> tuple[Tensor, Tensor]:
+    """The keys and the distances that the last queries attend to most, for :func:`kvk.vertical_slash_attention`
+    (MInference's estimate, Jiang et al. 2024).
+
+    Args:
+        q: [T, Hq, D]; k: [S, Hkv, D]; one sequence, query i at position S - T + i.
+        vertical, slash: keys and distances of each head; S of them at most.
+        softmax_scale: default D ** -0.5.
+        last: queries at the end that the estimate is made from.
+        first_keys, near: the first keys and the smallest distances, which come before all others.
+
+    Returns:
+        vertical int32 [1, Hq, min(vertical, S)], ascending; slash int32 [1, Hq, min(slash, S)], ascending.
+
+    Raises:
+        ValueError: T exceeds S, or vertical or slash is below 1.
+    """
+    for name, count in (("vertical", vertical), ("slash", slash)):
+        if count < 1:
+            raise ValueError(f"kvk: {name} must be at least 1, got {count}")
+    tokens, keys = _one_sequence(q, k)
+    q = q[max(0, tokens - last) :].float() * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    position = torch.arange(keys - q.shape[0], keys, device=q.device)[:, None]
+    key = torch.arange(keys, device=q.device)
+    scores = torch.einsum("thd,shd->hts", q, k).masked_fill_(key > position, -torch.inf)
+    weights = scores.softmax(-1)
+    columns = weights.sum(1)
+    columns[:, :first_keys] = torch.inf
+    at = position - key  # of query t and distance s the key; before the first one there is none
+    diagonals = weights.gather(-1, at.clamp(min=0).expand_as(weights)).masked_fill_(at < 0, 0.0).sum(1)
+    diagonals[:, :near] = torch.inf
+    chosen = [
+        x.topk(min(count, keys), dim=-1).indices.sort(-1).values.to(torch.int32)[None]
+        for x, count in ((columns, vertical), (diagonals, slash))
+    ]
+    return chosen[0], chosen[1]

@@ -32,7 +32,8 @@ from kvk.integrations.transformers_masks import KvkMask, kvk_mask, mask_from_ten
 __all__ = ["KvkCache", "kvk_attention", "kvk_mask", "register"]
 
 
-def _refuse_unsupported(query: torch.Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(query: torch.Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
+    """ValueError for what no attention of kvk can do for transformers."""
     if dropout:
         raise ValueError("kvk attention is for inference and has no dropout: call model.eval()")
     if torch.is_grad_enabled() and query.requires_grad:
@@ -74,7 +75,7 @@ def kvk_attention(
     Returns (out [B, S, Hq, D], None); out is 0 for a token that is padding or sees no key.
     Raises ValueError for what kvk cannot do: dropout, gradients, attention weights, position biases, real-valued masks.
     """
-    _refuse_unsupported(query, dropout, kwargs)
+    refuse_unsupported(query, dropout, kwargs)
     batch, heads, new, _ = query.shape
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -83,6 +83,11 @@ class PagedKV:
         self._new: tuple[torch.Tensor, torch.Tensor] | None = (key, value)
         self._pass: _Pass | None = None
 
+    def fresh(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new tokens' keys and values, [B, Hkv, S, D], until `store` has run."""
+        assert self._new is not None
+        return self._new
+
     def store(self, mask: KvkMask) -> _Pass:
         """Append the new tokens to the pages, once, and say where they are."""
         if self._pass is None:

@@ -96,7 +96,20 @@ def test_plan_of_attention_over_ordinary_tensors() -> None:
     )
     assert step["tiles"] * step["rows_per_tile"] >= 256 * 8 and step["rows_per_tile"] <= 256
     assert [s["pass"] for s in found.steps] == ["gradient of queries", "gradient of keys and values"]
+    assert [s["visited_pairs"] for s in (step, *found.steps)] == [8 * 256 * 256] * 3
     assert "tiles of up to" in str(found) and "gradient of keys" in str(found)
+
+
+def test_visited_pairs_are_those_of_the_tiles() -> None:
+    """Windows of 13 in a row of 64, 1 and more queries a tile: at least what is seen, at most what boxes hold."""
+    q, k, v = (torch.randn(1, 64, 2, 64) for _ in range(3))
+    (step,) = kvk.explain("neighborhood_attention", q, k, v, [13], measure=False).steps
+    box = step["rows_per_tile"] + 12
+    assert 2 * 64 * 13 <= step["visited_pairs"] <= 2 * 64 * box
+    causal = kvk.block_mask_to_csr(torch.ones(1, 1, 2, 2, dtype=torch.bool).tril())
+    x = torch.randn(128, 1, 64)
+    (step,) = kvk.explain("block_sparse_attention", x, x, x, *causal, 64, 64, measure=False).steps
+    assert step["visited_pairs"] == 3 * 64 * 64
 
 
 def test_plan_of_lightning_attention() -> None:

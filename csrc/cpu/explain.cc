@@ -36,12 +36,13 @@ void explain_attention(explain::Notes& notes, const PagedProblem& problem, const
   notes.steps.push_back(json.str());
 }
 
-void explain_grid(explain::Notes& notes, const char* pass, int64_t tiles, int rows, int64_t scratch_bytes,
-                  int workers) {
+void explain_grid(explain::Notes& notes, const char* pass, int64_t tiles, int rows, int64_t pairs,
+                  int64_t scratch_bytes, int workers) {
   std::ostringstream json;
   json << "{\"step\": \"grid\", \"level\": \"" << cpu_level() << "\", \"pass\": \"" << pass
        << "\", \"tiles\": " << tiles << ", \"rows_per_tile\": " << rows << ", \"block_columns\": " << kBlockKeys
-       << ", \"scratch_bytes\": " << scratch_bytes << ", \"workers\": " << workers << "}";
+       << ", \"visited_pairs\": " << pairs << ", \"scratch_bytes\": " << scratch_bytes << ", \"workers\": " << workers
+       << "}";
   notes.steps.push_back(json.str());
 }
 

@@ -25,6 +25,19 @@ const char* name_of(GridPass pass) {
   return "";
 }
 
+// Pairs of a row and a column that the tiles compute, whether the row sees the column or not.
+int64_t visited_pairs(GridSchedule& schedule, int64_t num_tiles) {
+  int64_t pairs = 0;
+  const auto rows = std::make_unique<GridTile>();
+  const auto columns = std::make_unique<GridColumns>();
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    schedule.begin(tile, *rows);
+    const int64_t count = int64_t{rows->tokens.count} * rows->num_heads;
+    while (schedule.next(*columns)) pairs += count * columns->tokens.count;
+  }
+  return pairs;
+}
+
 }  // namespace
 
 void run_grid(GridPass pass, const GridProblem& problem, int64_t num_tiles, int max_rows,
@@ -34,7 +47,7 @@ void run_grid(GridPass pass, const GridProblem& problem, int64_t num_tiles, int 
   const int workers = static_cast<int>(std::min<int64_t>(threads.count(), num_tiles));
   const int64_t scratch_bytes = (level.grid_scratch_bytes(pass, problem, max_rows) + 63) / 64 * 64;
   if (explain::Notes* notes = explain::notes()) {
-    explain_grid(*notes, name_of(pass), num_tiles, max_rows, scratch_bytes, workers);
+    explain_grid(*notes, name_of(pass), num_tiles, max_rows, visited_pairs(*make(), num_tiles), scratch_bytes, workers);
     return;
   }
   const Buffer scratch = allocate(scratch_bytes * workers);

@@ -156,7 +156,8 @@ def _step_text(s: dict[str, Any]) -> str:
     if s["step"] == "grid":
         return (
             f"{s['level']}, {s['workers']} threads: {s['pass']}, {s['tiles']} tiles of up to {s['rows_per_tile']} rows "
-            f"against blocks of {s['block_columns']} columns, {_scaled(s['scratch_bytes'])}B a thread"
+            f"against blocks of {s['block_columns']} columns, {_scaled(s['visited_pairs'])}pairs of row and column, "
+            f"{_scaled(s['scratch_bytes'])}B a thread"
         )
     if s["step"] == "chunks":
         cut = f" in {s['slices']} slices of the columns of v" if s["slices"] > 1 else ""

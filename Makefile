@@ -100,6 +100,7 @@ format: $(STAMPS)/extra-dev  ## rewrite the sources in the project's style
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # One build with the instruction-set levels of this machine (see cmake/levels.cmake), tested at each.
+SPACE := $(subst ,, )
 CPU_FLAG_x86-64-v3 := avx2
 CPU_FLAG_x86-64-v4 := avx512vl
 HIGHER_LEVELS = $(foreach level,x86-64-v3 x86-64-v4,$(shell \
@@ -108,12 +109,10 @@ LEVELS = $(if $(filter x86_64,$(shell uname -m)),x86-64-v2 $(HIGHER_LEVELS),$(sh
 
 sanitize: $(STAMPS)/tools  ## run the C++ tests with AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DKVK_BUILD_TORCH=OFF \
-	  -DKVK_BUILD_TESTS=ON -DKVK_SANITIZE=address,undefined '-DKVK_CPU_LEVELS=$(filter-out x86-64-v2,$(LEVELS))'
+	  -DKVK_BUILD_TESTS=ON -DKVK_SANITIZE=address,undefined '-DKVK_CPU_LEVELS=$(filter-out x86-64-v2,$(LEVELS))' \
+	  '-DKVK_TEST_LEVELS=$(subst $(SPACE),;,$(LEVELS))'
 	$(BIN)/cmake --build build/sanitize
-	@for level in $(LEVELS); do \
-	  echo "== sanitizers, $$level"; \
-	  KVK_CPU_LEVEL=$$level $(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel $(JOBS); \
-	done
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel $(JOBS)
 
 # No set-up of its own: a machine with a card may have no network, a Python of its own, and libkvk.so carried to it.
 gpu-check:  ## check the CUDA kernels on a card (ARGS=--dry-run: what needs none)

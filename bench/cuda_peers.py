@@ -172,7 +172,14 @@ def peers() -> list[Any]:
 def versions() -> dict[str, str]:
     """Versions of what is installed of the peers."""
     found = {}
-    for package in ("torch", "triton", "fa3-fwd", "flashinfer-python", "nvidia-cudnn-cu13"):
+    for package in (
+        "torch",
+        "triton",
+        "fa3-fwd",
+        "flashinfer-python",
+        "nvidia-cudnn-cu13",
+        "flash-linear-attention",
+    ):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,12 @@ from bench.cases import DTYPES, TOLERANCE, WrongResultError, _short, relative_er
 from bench.harness import Prepared
 
 CHUNK = 64
+
+
+def _normal(seed: int, device: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Draws random tensors by their shape."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,13 @@ class LightningCase:
         each = scores * 5 // 2 + 5 * states if self.backward else scores + 2 * states
         return self.tokens * self.heads * each
 
-    def make(self, seed: int) -> LightningData:
+    def make(self, seed: int, device: str = "cpu") -> LightningData:
         """Unit-variance tensors; ALiBi's decays of a middle layer."""
         import kvk
 
-        generator = torch.Generator().manual_seed(seed)
-        shape = (1, self.tokens, self.heads, self.dim)
-        q, k, v, grad = (torch.randn(shape, generator=generator).to(DTYPES[self.dtype]) for _ in range(4))
-        decay = kvk.lightning_slopes(self.heads, 3, 12) if self.decay else None
+        normal = _normal(seed, device, DTYPES[self.dtype])
+        q, k, v, grad = (normal(1, self.tokens, self.heads, self.dim) for _ in range(4))
+        decay = kvk.lightning_slopes(self.heads, 3, 12, device=device) if self.decay else None
         return LightningData(self, q, k, v, grad, decay, self.dim**-0.5)
 
 
@@ -257,19 +263,17 @@ class LightningDecodeCase:
         """Decay, k v^T and S^T q: 5 an element of the state."""
         return 5 * self.batch * self.heads * self.dim**2
 
-    def make(self, seed: int) -> LightningDecodeData:
+    def make(self, seed: int, device: str = "cpu") -> LightningDecodeData:
         """Unit-variance tensors; the slots in random order."""
         import kvk
 
-        generator = torch.Generator().manual_seed(seed)
-        dtype = DTYPES[self.dtype]
-        shape = (self.batch, self.heads, self.dim)
-        q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
-        state = torch.randn(self.batch, self.heads, self.dim, self.dim, generator=generator)
-        slots = torch.randperm(self.batch, generator=generator).to(torch.int32)
-        return LightningDecodeData(
-            self, q, k, v, state, slots, kvk.lightning_slopes(self.heads, 3, 12), state.clone()
-        )
+        normal = _normal(seed, device, DTYPES[self.dtype])
+        q, k, v = (normal(self.batch, self.heads, self.dim) for _ in range(3))
+        state = _normal(seed + 1, device, torch.float32)(self.batch, self.heads, self.dim, self.dim)
+        order = torch.Generator().manual_seed(seed)
+        slots = torch.randperm(self.batch, generator=order).to(device, torch.int32)
+        decay = kvk.lightning_slopes(self.heads, 3, 12, device=device)
+        return LightningDecodeData(self, q, k, v, state, slots, decay, state.clone())
 
 
 @dataclass

@@ -13,9 +13,18 @@ import torch
 from building import ROOT
 
 sys.path.insert(0, str(ROOT))
-from bench import bench_paged_cuda, bench_quant_cuda, bench_sparse_cuda, cuda_data, cuda_harness, cuda_run
+from bench import (
+    bench_lightning_cuda,
+    bench_paged_cuda,
+    bench_quant_cuda,
+    bench_sparse_cuda,
+    cuda_data,
+    cuda_harness,
+    cuda_run,
+)
 from bench.cases import AttentionCase, WrongResultError
 from bench.harness import Prepared
+from bench.lightning_cases import LightningCase, LightningDecodeCase
 
 SMALL = AttentionCase(
     "bf16", q_heads=4, kv_heads=2, head_dim=64, batch=2, kv_len=200, page_size=16, headline=True
@@ -128,6 +137,41 @@ class TestRecords:
         } == {(8, 32768, 32, 8)}
         for case in cases:
             assert cuda_harness.copies(case, 60 << 20) >= 2
+
+
+class TestLightning:
+    """Lightning attention: peers of another function are not checked, and every step starts from the first states."""
+
+    @pytest.mark.parametrize(
+        "case", [LightningCase(130, heads=2, dim=16), LightningDecodeCase(3, heads=2, dim=16)]
+    )
+    def test_a_row(self, on_the_cpu, case):
+        ours, *peers = bench_lightning_cuda.implementations(case)
+        flash = [bench_lightning_cuda.Ours(lambda data: None, "other function")] if len(peers) == 2 else []
+        ceilings = cuda_harness.CudaCeilings("cpu")
+        row = cuda_harness.CudaMeasurement(case, [ours, *peers, *flash], ceilings, rounds=3, turn=1e-3).run()
+        assert row["error"] < 1e-2 and row["bytes"] == case.bytes
+        headline = replace(case, headline=True)
+        assert bench_lightning_cuda.aim(row, case) is None
+        if isinstance(case, LightningDecodeCase):
+            assert row["peers"]["torch eager"]["error"] < 1e-2
+            for fraction, verdict in ((0.8, "met"), (0.7, "missed")):
+                assert bench_lightning_cuda.aim({**row, "fraction": fraction}, headline) == verdict
+            return
+        for ratio, verdict in ((1.0, "met"), (0.9, "missed")):
+            with_peer = {**row, "peers": {"fla chunks": {"ratio": ratio}}}
+            assert bench_lightning_cuda.aim(with_peer, headline) == verdict
+
+    def test_a_wrong_kvk_is_an_error(self, on_the_cpu):
+        case = LightningCase(130, heads=2, dim=16)
+        wrong = bench_lightning_cuda.Ours(lambda data: bench_lightning_cuda.ours(data) * 1.1)
+        with pytest.raises(WrongResultError, match="is off by"):
+            cuda_harness.CudaMeasurement(case, [wrong], cuda_harness.CudaCeilings("cpu"), 1, 1e-3)
+
+    def test_names_are_unique(self):
+        cases = bench_lightning_cuda.cases()
+        assert len({(case.op, case.name) for case in cases}) == len(cases)
+        assert all(cuda_harness.copies(case, 60 << 20) >= 2 for case in cases)
 
 
 class TestBench:

@@ -115,7 +115,7 @@ void lightning_attention(const LightningArgs& args, const Context& context) {
   check.writable(args.final_state, "final_state");
   by_device(
       check.op(), args.q, "q", [&] { cpu::lightning_attention(args, threads_of(context)); },
-      [&] { fail(check.op(), "q must be on cpu, got ", device_name(args.q.device)); });
+      [&] { cuda::lightning_attention(args, context); });
 }
 
 void lightning_attention_backward(const LightningBackwardArgs& args, const Context& context) {
@@ -142,7 +142,7 @@ void lightning_attention_backward(const LightningBackwardArgs& args, const Conte
   }
   by_device(
       check.op(), args.q, "q", [&] { cpu::lightning_attention_backward(args, threads_of(context)); },
-      [&] { fail(check.op(), "q must be on cpu, got ", device_name(args.q.device)); });
+      [&] { fail(check.op(), "q must be on cpu, where the gradient is, got ", device_name(args.q.device)); });
 }
 
 void lightning_decode(const LightningDecodeArgs& args, const Context& context) {

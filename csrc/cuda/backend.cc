@@ -99,6 +99,10 @@ void decompress_pages(const DecompressPagesArgs& args, const Context& context) {
   run_checked("decompress_pages", args.k_pool.device, args, context, check_decompress_ids, launch_decompress_pages);
 }
 
+void lightning_attention(const LightningArgs& args, const Context& context) {
+  run_checked("lightning_attention", args.q.device, args, context, check_lightning_starts, launch_lightning_attention);
+}
+
 void lightning_decode(const LightningDecodeArgs& args, const Context& context) {
   run_checked("lightning_decode", args.q.device, args, context, check_state_slots, launch_lightning_decode);
 }

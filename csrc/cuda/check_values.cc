@@ -15,6 +15,7 @@ Kernel table_kernel() { return {kHeader, "kvk::device::check_table_kernel<" + st
 Kernel slots_kernel() { return {kHeader, "kvk::device::check_slots_kernel<" + std::to_string(kThreads) + ">"}; }
 Kernel ids_kernel() { return {kHeader, "kvk::device::check_ids_kernel<" + std::to_string(kThreads) + ">"}; }
 
+Kernel starts_kernel() { return {kHeader, "kvk::device::check_starts_kernel<" + std::to_string(kThreads) + ">"}; }
 Kernel state_slots_kernel() {
   return {kHeader, "kvk::device::check_state_slots_kernel<" + std::to_string(kThreads) + ">"};
 }
@@ -27,6 +28,13 @@ BadValue find_bad_value(const Kernel& kernel, Params params, Launcher& launcher,
   BadValue found;
   launcher.read(&found, params.found, sizeof found);
   return found;
+}
+
+// If what is bad is a start among `name`, that says so.
+void fail_starts(const char* op, const char* name, int64_t limit, const char* of, const BadValue& bad) {
+  if (bad.kind == BadValue::kFirstStart) fail_first_start(op, name, bad.value);
+  if (bad.kind == BadValue::kDecreasingStart) fail_decreasing_start(op, name, bad.value, bad.other, bad.index);
+  if (bad.kind == BadValue::kLastStart) fail_last_start(op, name, limit, of, bad.value);
 }
 
 }  // namespace
@@ -42,13 +50,9 @@ void check_table_values(const char* op, const PagedProblem& problem, int64_t lis
   const BadValue bad = find_bad_value(table_kernel(), params, launcher, workspace);
 
   const bool of_queries = bad.of_queries != 0;
-  const char* starts = of_queries ? "qo_indptr" : "page_indptr";
+  fail_starts(op, of_queries ? "qo_indptr" : "page_indptr", of_queries ? problem.num_tokens : list_entries,
+              of_queries ? "tokens of q" : "entries of page_indices", bad);
   switch (bad.kind) {
-    case BadValue::kFirstStart: fail_first_start(op, starts, bad.value);
-    case BadValue::kDecreasingStart: fail_decreasing_start(op, starts, bad.value, bad.other, bad.index);
-    case BadValue::kLastStart:
-      fail_last_start(op, starts, of_queries ? problem.num_tokens : list_entries,
-                      of_queries ? "tokens of q" : "entries of page_indices", bad.value);
     case BadValue::kNegativeLen: fail_negative_len(op, bad.value, bad.index);
     case BadValue::kLenPastList: fail_len_past_list(op, bad.index, bad.value, bad.other, problem.page_size);
     case BadValue::kPage: fail_page(op, bad.index, "", bad.value, problem.num_pages, bad.entry);
@@ -129,6 +133,13 @@ void check_decompress_ids(const DecompressPagesArgs& args, Launcher& launcher, W
   check_ids("decompress_pages", args.ids, "ids", args.k_pool.shape[0], launcher, workspace);
 }
 
+void check_lightning_starts(const LightningArgs& args, Launcher& launcher, Workspace& workspace) {
+  if (!args.cu_seqlens) return;
+  const int64_t tokens = args.q.shape[1];
+  const BadValue bad = find_bad_value(starts_kernel(), ids_params(*args.cu_seqlens, tokens), launcher, workspace);
+  fail_starts("lightning_attention", "cu_seqlens", tokens, "tokens of q", bad);
+}
+
 void check_state_slots(const LightningDecodeArgs& args, Launcher& launcher, Workspace& workspace) {
   const BadValue bad =
       find_bad_value(state_slots_kernel(), ids_params(args.slots, args.state.shape[0]), launcher, workspace);
@@ -137,7 +148,7 @@ void check_state_slots(const LightningDecodeArgs& args, Launcher& launcher, Work
 }
 
 std::vector<Kernel> check_kernels() {
-  return {table_kernel(), slots_kernel(), ids_kernel(), select_kernel(), state_slots_kernel()};
+  return {table_kernel(), slots_kernel(), ids_kernel(), select_kernel(), starts_kernel(), state_slots_kernel()};
 }
 
 }  // namespace kvk::cuda

@@ -14,6 +14,8 @@ void check_dequantize_ids(const DequantizePagesArgs& args, Launcher& launcher, W
 // Page ids, and masks and bitmaps that select more than a row may keep.
 void check_compress_values(const CompressPagesArgs& args, Launcher& launcher, Workspace& workspace);
 void check_decompress_ids(const DecompressPagesArgs& args, Launcher& launcher, Workspace& workspace);
+// The starts of packed sequences, if there are any.
+void check_lightning_starts(const LightningArgs& args, Launcher& launcher, Workspace& workspace);
 void check_state_slots(const LightningDecodeArgs& args, Launcher& launcher, Workspace& workspace);
 
 // The kernels of all.

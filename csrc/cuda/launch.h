@@ -35,6 +35,7 @@ void launch_quantize(const QuantizeArgs& args, Launcher& launcher);
 void launch_dequantize(const DequantizeArgs& args, Launcher& launcher);
 void launch_compress_pages(const CompressPagesArgs& args, Launcher& launcher);
 void launch_decompress_pages(const DecompressPagesArgs& args, Launcher& launcher);
+void launch_lightning_attention(const LightningArgs& args, Launcher& launcher);
 void launch_lightning_decode(const LightningDecodeArgs& args, Launcher& launcher);
 
 // The kernels that precompile compiles when it is not told which: common head dims, no score options.

@@ -2,10 +2,14 @@
 #include "cuda/launch.h"
 #include "emulator/launch_ops.h"
 #include "emulator/paged_device.h"
+#include "kvk/device/lightning.cuh"
 #include "kvk/device/lightning_decode.cuh"
 
 KVK_EMULATED_KERNEL(kvk::device::lightning_decode_kernel<kvk::device::bf16>);
 KVK_EMULATED_KERNEL(kvk::device::lightning_decode_kernel<float>);
+// Two stages of a chunk, and one.
+KVK_EMULATED_KERNEL(kvk::device::lightning_forward_kernel<kvk::device::LightningConfig<kvk::device::bf16, 48>>);
+KVK_EMULATED_KERNEL(kvk::device::lightning_forward_kernel<kvk::device::LightningConfig<kvk::device::f16, 128, true>>);
 
 namespace kvk {
 namespace {
@@ -111,6 +115,66 @@ void test_decode(DType dtype, int64_t dk, int64_t dv, bool per_row) {
   expect_close(worst_out, dtype == DType::f32 ? 2e-5 : 0.1, what + ", out");
 }
 
+// Packed sequences of `lengths`, and tokens of none behind them.
+void test_forward(DType dtype, int64_t dk, int64_t dv, const std::vector<int64_t>& lengths, bool per_token,
+                  int shared_per_block) {
+  constexpr int64_t kHeads = 2, kUnowned = 3;
+  const int64_t count = static_cast<int64_t>(lengths.size());
+  std::vector<int32_t> starts = {0};
+  for (const int64_t n : lengths) starts.push_back(starts.back() + static_cast<int32_t>(n));
+  const int64_t tokens = starts.back() + kUnowned;
+  test::Random random(5);
+  const Array q = Array::random(dtype, {1, tokens, kHeads, dk}, random);
+  const Array k = Array::random(dtype, {1, tokens, kHeads, dk}, random);
+  const Array v = Array::random(dtype, {1, tokens, kHeads, dv}, random);
+  const Array initial = Array::random(DType::f32, {count, kHeads, dk, dv}, random), starts_array = Array::of(starts);
+  Array log =
+      per_token ? Array::random(DType::f32, {1, tokens, kHeads}, random) : Array::random(DType::f32, {kHeads}, random);
+  for (int64_t i = 0; i < log.view().numel(); ++i) log.set(i, -0.2f * std::fabs(log.view().ptr<const float>()[i]));
+  const Array out(dtype, {1, tokens, kHeads, dv}), final(DType::f32, {count, kHeads, dk, dv});
+  OnDevice device;
+  const LightningArgs args = {device(q.view()),
+                              device(k.view()),
+                              device(v.view()),
+                              device(log.view()),
+                              0.25,
+                              device(initial.view()),
+                              device(starts_array.view()),
+                              device(out.view(), emu::Use::output),
+                              device(final.view(), emu::Use::output)};
+  emu::EmulatorLauncher launcher(4, shared_per_block);
+  cuda::launch_lightning_attention(args, launcher);
+
+  Worst worst_out, worst_state;
+  for (int64_t h = 0; h < kHeads; ++h) {
+    for (int64_t n = 0; n < count; ++n) {
+      Recurrence head(dk, dv);
+      for (int64_t d = 0; d < dk; ++d) {
+        for (int64_t c = 0; c < dv; ++c) head.state(d, c) = element(initial.view(), {n, h, d, c});
+      }
+      for (int64_t t = starts[static_cast<size_t>(n)]; t < starts[static_cast<size_t>(n) + 1]; ++t) {
+        const std::vector<double> want = head.step(
+            per_token ? element(log.view(), {0, t, h}) : element(log.view(), {h}), 0.25,
+            [&](int64_t d) { return element(q.view(), {0, t, h, d}); },
+            [&](int64_t d) { return element(k.view(), {0, t, h, d}); },
+            [&](int64_t c) { return element(v.view(), {0, t, h, c}); });
+        for (int64_t c = 0; c < dv; ++c) {
+          worst_out.see(element(args.out, {0, t, h, c}), want[static_cast<size_t>(c)]);
+        }
+      }
+      for (int64_t d = 0; d < dk; ++d) {
+        for (int64_t c = 0; c < dv; ++c) worst_state.see(element(args.final_state, {n, h, d, c}), head.state(d, c));
+      }
+    }
+    for (int64_t t = tokens - kUnowned; t < tokens; ++t) {
+      for (int64_t c = 0; c < dv; ++c) worst_out.see(element(args.out, {0, t, h, c}), 0);
+    }
+  }
+  const std::string what = "forward " + std::to_string(dk) + " x " + std::to_string(dv);
+  expect_close(worst_state, 5e-6, what + ", states");
+  expect_close(worst_out, dtype == DType::bf16 ? 2e-2 : 4e-3, what + ", out");
+}
+
 }  // namespace
 }  // namespace kvk
 
@@ -118,5 +182,8 @@ int main() {
   return kvk::emu::run_tests([] {
     kvk::test_decode(kvk::DType::bf16, 144, 72, true);
     kvk::test_decode(kvk::DType::f32, 40, 8, false);
+    // Four chunks, one, none, and one of a single token.
+    kvk::test_forward(kvk::DType::bf16, 40, 72, {230, 64, 0, 1}, true, 227 * 1024);
+    kvk::test_forward(kvk::DType::f16, 128, 24, {140}, false, 99 * 1024);
   });
 }

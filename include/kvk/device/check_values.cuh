@@ -195,6 +195,13 @@ check_ids_kernel(const __grid_constant__ CheckIdsParams p) {
   *p.found = bad;
 }
 
+template <int kThreads>
+KVK_KERNEL(kThreads, 1)
+check_starts_kernel(const __grid_constant__ CheckIdsParams p) {
+  if (!good_starts<kThreads>(p.ids, p.stride, p.count, p.limit, false, p.found)) return;
+  if (threadIdx.x == 0) *p.found = BadValue();
+}
+
 // What is wrong with the slot of row b: negative ones name none, the others only one each.
 KVK_DEVICE BadValue::Kind judge_state_slot(const CheckIdsParams& p, int64_t b) {
   const int32_t slot = p.ids[b * p.stride];

@@ -70,7 +70,7 @@ struct LightningShape {
   static constexpr int kColumns = 16 * kWarps;  // of v, of a block
   // Of a row in shared memory, elements; keeps ldmatrix free of bank conflicts.
   static constexpr int kScorePitch = kChunk + 8, kValuePitch = kColumns + 8;
-  static constexpr int kDecayFloats = 4 * kChunk + 4;
+  static constexpr int kDecayFloats = 4 * kChunk + 4, kItemBytes = 48;  // sizeof(LightningItem)
 
   int dim, pitch;   // of k and q: mma works on 16 channels at a time; the padding is filled with zeros
   int stages;       // beyond Dk 128 one: so many bytes of q and k that two blocks could not fit beside each other
@@ -86,15 +86,17 @@ struct LightningShape {
   // In the order in which the kernel takes its parts; all are multiples of 16 bytes.
   KVK_HOST_DEVICE constexpr size_t shared_bytes() const {
     return (stages * (2 * key_elements() + value_elements()) + score_parts * score_elements()) * 2 +
-           2 * kDecayFloats * sizeof(float);
+           2 * kDecayFloats * sizeof(float) + kItemBytes;
   }
 };
+
+// Numbers of bf16 that an input is the sum of: an f16 is two, exactly. What is computed on the way to an output takes as many.
+KVK_HOST_DEVICE constexpr int lightning_parts(bool is_bf16) { return is_bf16 ? 1 : 2; }
 
 template <class T_, int kDim_, bool kSmall_ = false>
 struct LightningConfig {
   using T = T_;
-  // An f16 is two bf16 exactly. What is computed on the way to an output of bf16 is rounded to it once more than need be.
-  static constexpr int kInputParts = kSameType<T_, bf16> ? 1 : 2, kScoreParts = kInputParts;
+  static constexpr int kInputParts = lightning_parts(kSameType<T_, bf16>), kScoreParts = kInputParts;
   static constexpr LightningShape kShape = LightningShape(kDim_, kScoreParts, kSmall_);
   static constexpr int kDim = kShape.dim, kPitch = kShape.pitch, kStages = kShape.stages;
 };

@@ -197,6 +197,11 @@ fake("lightning_attention.out", "lightning_decode.out")(no_results)
 
 
 def _save_inputs(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    if inputs[0].is_cuda:
+        raise RuntimeError(
+            "kvk::lightning_attention: q must be on cpu where a gradient is wanted, got cuda; without one, call it "
+            "under torch.no_grad()"
+        )
     ctx.save_for_backward(*inputs)
     ctx.scale = keyword_only_inputs["scale"]
     ctx.set_materialize_grads(False)  # no gradient of the final state costs nothing

@@ -260,6 +260,15 @@ void decompress_pages(const DecompressPagesArgs& args, const Context&) {
   launch_decompress_pages(args, launcher);
 }
 
+void lightning_attention(const LightningArgs& args, const Context&) {
+  check_first([&](Launcher& launcher, Workspace& workspace) { check_lightning_starts(args, launcher, workspace); });
+  const bool in_place = args.initial_state && args.initial_state->data == args.final_state.data;
+  const Call call({args.out.data, in_place ? nullptr : args.final_state.data},
+                  {in_place ? args.final_state.data : nullptr});
+  NotedLauncher launcher;
+  launch_lightning_attention(args, launcher);
+}
+
 void lightning_decode(const LightningDecodeArgs& args, const Context&) {
   check_first([&](Launcher& launcher, Workspace& workspace) { check_state_slots(args, launcher, workspace); });
   const Call call({args.out.data}, {args.state.data});

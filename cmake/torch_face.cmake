@@ -23,6 +23,7 @@ set_target_properties(kvk_torch_stub PROPERTIES
 add_library(kvk_torch MODULE
   csrc/torch/sparse.cc csrc/torch/sparse_attention.cc
   csrc/torch/lightning.cc
+  csrc/torch/linear.cc
   csrc/torch/block_sparse.cc csrc/torch/neighborhood.cc
   csrc/torch/adapter.cc csrc/torch/device.cc csrc/torch/hadamard.cc csrc/torch/info.cc csrc/torch/paged.cc csrc/torch/quant.cc csrc/torch/quant_attention.cc csrc/torch/recorded.cc csrc/torch/runtime.cc $<TARGET_OBJECTS:kvk_objects> ${KVK_LEVEL_OBJECTS})
 target_link_libraries(kvk_torch PRIVATE kvk_options kvk_torch_stub Threads::Threads ${CMAKE_DL_LIBS})

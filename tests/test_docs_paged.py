@@ -26,6 +26,7 @@ EXAMPLES = [
         "neighborhood",
         "sparse",
         "lightning",
+        "linear",
     )
     for number, code in enumerate(
         re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)
@@ -35,7 +36,7 @@ EXAMPLES = [
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 18
+    assert len(EXAMPLES) == 20
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

@@ -92,6 +92,15 @@ def call_everything() -> None:
     kvk.lightning_attention(*rows, None)
     OPS.lightning_attention_backward(rows[0], None, *rows, None)
     kvk.lightning_decode(*rows[:, 0, :2], state, torch.tensor([1, -1]).int(), decay[0, :2])
+    rows, other = rows.abs(), rows.flip(0).abs()
+    linear = kvk.linear_attention(*rows, q_den=other[0], cu_seqlens=torch.tensor([0, 7, 18]).int(), eps=0.1)
+    states = (None, None, *(x[:1] for x in linear[2:]), None)
+    OPS.linear_attention_backward(
+        rows[0], linear[1], *(x[:1] for x in linear[2:]), *rows, *states, block_size=3
+    )
+    kvk.linear_attention(*rows, causal=False, normalize=False, scale=0.25)
+    features = kvk.taylor_feature_map(x)
+    OPS.taylor_feature_map_backward(features, x)
     q, k_pool, v_pool, table, lens = quant = quant_arguments()
     dense = tuple(pages.half() for pages in pools(4, 32))
     bias = torch.randn(34, 32)

@@ -40,6 +40,22 @@ void add_results(Fields& fields, const Tensor& out, const Tensor& lse) {
   fields.push_back({"lse", lse, Role::output});
 }
 
+Fields linear_inputs(const LinearAttentionArgs& args) {
+  return {{"q", args.q},
+          {"k", args.k},
+          {"v", args.v},
+          maybe("q_den", args.q_den),
+          maybe("k_den", args.k_den),
+          maybe("initial_state", args.initial_state),
+          maybe("initial_z", args.initial_z),
+          maybe("cu_seqlens", args.cu_seqlens),
+          {"causal", args.causal, Role::input, args.causal},
+          {"block_size", args.block_size, Role::input, args.block_size == 1},
+          {"normalize", args.normalize, Role::input, args.normalize},
+          number("scale", args.scale, 1.0),
+          number("eps", args.eps, 1e-6)};
+}
+
 std::vector<int64_t> numbers(const QuantFormat& format) {
   std::vector<int64_t> list = {format.page_size, format.head_dim, format.head_dim_v};
   for (const QuantPart& part : {format.k, format.v}) {
@@ -225,6 +241,41 @@ Fields fields_of(const LightningDecodeArgs& args) {
           maybe("log_decay", args.log_decay),
           number("scale", args.scale, 1.0),
           {"out", args.out, Role::output}};
+}
+
+Fields fields_of(const LinearAttentionArgs& args) {
+  Fields fields = linear_inputs(args);
+  fields.push_back({"out", args.out, Role::output});
+  fields.push_back({"den", args.den, Role::output});
+  fields.push_back({"final_state", args.final_state, Role::output});
+  fields.push_back({"final_z", args.final_z, Role::output});
+  return fields;
+}
+
+Fields fields_of(const LinearAttentionBackwardArgs& args) {
+  Fields fields = {{"grad_out", args.grad_out},
+                   maybe("grad_den", args.grad_den),
+                   maybe("grad_final_state", args.grad_final_state),
+                   maybe("grad_final_z", args.grad_final_z)};
+  const Fields inputs = linear_inputs(args.forward);
+  fields.insert(fields.end(), inputs.begin(), inputs.end());
+  const auto add = [&](const char* name, const std::optional<Tensor>& t) {
+    if (t) fields.push_back({name, *t, Role::output});
+  };
+  add("grad_q", args.grad_q);
+  add("grad_k", args.grad_k);
+  add("grad_v", args.grad_v);
+  add("grad_q_den", args.grad_q_den);
+  add("grad_k_den", args.grad_k_den);
+  add("grad_initial_state", args.grad_initial_state);
+  add("grad_initial_z", args.grad_initial_z);
+  return fields;
+}
+
+Fields fields_of(const TaylorFeatureMapArgs& args) { return {{"x", args.x}, {"out", args.out, Role::output}}; }
+
+Fields fields_of(const TaylorFeatureMapBackwardArgs& args) {
+  return {{"grad", args.grad}, {"x", args.x}, {"grad_x", args.grad_x, Role::output}};
 }
 
 Fields fields_of(const QuantizePagesArgs& args) {

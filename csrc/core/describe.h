@@ -5,6 +5,7 @@
 #include "kvk/block_sparse.h"
 #include "kvk/hadamard.h"
 #include "kvk/lightning.h"
+#include "kvk/linear.h"
 #include "kvk/neighborhood.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
@@ -21,6 +22,10 @@ Fields fields_of(const HadamardArgs& args);
 Fields fields_of(const LightningArgs& args);
 Fields fields_of(const LightningBackwardArgs& args);
 Fields fields_of(const LightningDecodeArgs& args);
+Fields fields_of(const LinearAttentionArgs& args);
+Fields fields_of(const LinearAttentionBackwardArgs& args);
+Fields fields_of(const TaylorFeatureMapArgs& args);
+Fields fields_of(const TaylorFeatureMapBackwardArgs& args);
 Fields fields_of(const QuantizePagesArgs& args);
 Fields fields_of(const DequantizePagesArgs& args);
 Fields fields_of(const QuantizeArgs& args);

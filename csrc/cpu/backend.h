@@ -6,6 +6,7 @@
 #include "core/paged_problem.h"
 #include "kvk/hadamard.h"
 #include "kvk/lightning.h"
+#include "kvk/linear.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
 #include "kvk/sparse.h"
@@ -26,6 +27,10 @@ void hadamard(const HadamardArgs& args, Threads& threads);
 void lightning_attention(const LightningArgs& args, Threads& threads);
 void lightning_attention_backward(const LightningBackwardArgs& args, Threads& threads);
 void lightning_decode(const LightningDecodeArgs& args, Threads& threads);
+void linear_attention(const LinearAttentionArgs& args, Threads& threads);
+void linear_attention_backward(const LinearAttentionBackwardArgs& args, Threads& threads);
+void taylor_feature_map(const TaylorFeatureMapArgs& args, Threads& threads);
+void taylor_feature_map_backward(const TaylorFeatureMapBackwardArgs& args, Threads& threads);
 void quantize_pages(const QuantizePagesArgs& args, Threads& threads);
 void dequantize_pages(const DequantizePagesArgs& args, Threads& threads);
 void quantize(const QuantizeArgs& args, Threads& threads);

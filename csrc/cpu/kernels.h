@@ -19,6 +19,11 @@ void lightning_decode(const LightningDecodeArgs& args, int64_t begin, int64_t en
 int64_t lightning_backward_scratch_floats(int dk, int dv);
 void lightning_backward(const LightningBackwardArgs& args, const LightningItem& item, float* scratch,
                         double* decay_sum);
+int64_t linear_scratch_floats(int dk, int dv);
+void linear_forward(const LinearAttentionArgs& args, const LightningItem& item, float* scratch);
+void linear_backward(const LinearAttentionBackwardArgs& args, const LightningItem& item, float* scratch);
+void taylor_feature_map(const TaylorFeatureMapArgs& args, int64_t row_begin, int64_t row_end);
+void taylor_feature_map_backward(const TaylorFeatureMapBackwardArgs& args, int64_t row_begin, int64_t row_end);
 void quantize_block(const QuantBlock& block);
 void dequantize_block(const QuantBlock& block);
 void compress_block(const SparseBlock& block);

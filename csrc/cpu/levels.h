@@ -13,6 +13,7 @@
 #include "cpu/sparse_block.h"
 #include "kvk/hadamard.h"
 #include "kvk/lightning.h"
+#include "kvk/linear.h"
 #include "kvk/paged.h"
 
 namespace kvk::cpu {
@@ -46,6 +47,13 @@ struct Kernels {
   // decay_sum: where the gradient of a decay per head is added up; null where decays are per token.
   void (*lightning_backward)(const LightningBackwardArgs& args, const LightningItem& item, float* scratch,
                              double* decay_sum);
+  // scratch as above.
+  int64_t (*linear_scratch_floats)(int dk, int dv);
+  void (*linear_forward)(const LinearAttentionArgs& args, const LightningItem& item, float* scratch);
+  void (*linear_backward)(const LinearAttentionBackwardArgs& args, const LightningItem& item, float* scratch);
+  // Rows as hadamard's.
+  void (*taylor_feature_map)(const TaylorFeatureMapArgs& args, int64_t row_begin, int64_t row_end);
+  void (*taylor_feature_map_backward)(const TaylorFeatureMapBackwardArgs& args, int64_t row_begin, int64_t row_end);
   void (*quantize_block)(const QuantBlock& block);
   void (*dequantize_block)(const QuantBlock& block);
   void (*compress_block)(const SparseBlock& block);

@@ -117,6 +117,44 @@ inline V lane_numbers() {
   return V([](int i) { return static_cast<float>(i); });
 }
 
+// a[i][j] = weigh(i, j, q_i . k_j) for j < end(i), of W columns at a time, 0 for the others that a block of rows goes over.
+// end never decreases: token i of the chunk sees its tokens up to it.
+template <class End, class Weigh>
+inline void scores(const float* q, int ldq, const float* kt, int tokens, int depth, float* a, End end, Weigh weigh) {
+  const V lanes = lane_numbers();
+  for (int i = 0; i < tokens; i += kBlockRows) {
+    const int rows = std::min(kBlockRows, tokens - i), columns = end(i + rows - 1);
+    float* block = a + i * kTokenPitch;
+    multiply<Into::kSet>(q + i * ldq, ldq, kt, kTokenPitch, rows, columns, depth, block, kTokenPitch);
+    for (int r = 0; r < rows; ++r) {
+      for (int j = 0; j < columns; j += W) {
+        V x = weigh(i + r, j, load(block + r * kTokenPitch + j));
+        stdx::where(lanes >= static_cast<float>(end(i + r) - j), x) = 0.0f;
+        store(x, block + r * kTokenPitch + j);
+      }
+    }
+  }
+}
+
+// out_i = sum over j < end(i) of a[i][j] v_j
+template <class End>
+inline void weigh_values(const float* a, const float* v, int ldv, int tokens, int dv, float* out, End end) {
+  if (is_finite(v, tokens, dv, ldv)) {
+    for (int i = 0; i < tokens; i += kBlockRows) {
+      const int rows = std::min(kBlockRows, tokens - i);
+      multiply<Into::kSet>(a + i * kTokenPitch, kTokenPitch, v, ldv, rows, dv, end(i + rows - 1), out + i * ldv, ldv);
+    }
+    return;
+  }
+  // A weight of 0 times NaN would reach the rows before it: each row takes its own tokens alone, in the same order.
+  for (int i = 0; i < tokens; ++i) {
+    for (int p = 0; p < dv; p += kPanelWidth) {
+      multiply_block<Into::kSet, false, 1>(a + i * kTokenPitch, kTokenPitch, v + p, ldv, end(i), out + i * ldv + p, ldv,
+                                           nullptr);
+    }
+  }
+}
+
 // The decays of a chunk: with G the running sum of the log decays from its start, exp(G_i - G_j) between tokens j <= i,
 // exp(G_i) since the start, exp(G_last - G_j) to the end. Only differences that are <= 0 are ever taken to exp, so nothing
 // overflows, however strong the decay. Sums are kept in two floats: at G = -3000 one has an error of 1e-4, and so its exp.

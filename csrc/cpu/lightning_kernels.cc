@@ -70,8 +70,9 @@ class Forward {
     for (int i = 0; i < tokens; ++i) scale_row(m_.q + i * m_.ldk, dk_, scale_);
     transpose(m_.k, m_.ldk, tokens, dk_, m_.kt, kTokenPitch);
     decay_.start(first, tokens);
-    scores(tokens);
-    add_values(tokens);
+    const auto end = [](int i) { return i + 1; };
+    scores(m_.q, m_.ldk, m_.kt, tokens, dk_, m_.a, end, [&](int i, int j, V x) { return x * decay_.to_token(i, j); });
+    weigh_values(m_.a, m_.v, m_.ldv, tokens, dv_, m_.out, end);
     // The past, by way of the state.
     for (int i = 0; i < tokens; ++i) scale_row(m_.q + i * m_.ldk, dk_, decay_.since_start()[i]);
     multiply<Into::kAdd>(m_.q, m_.ldk, m_.s, m_.ldv, tokens, dv_, dk_, m_.out, m_.ldv);
@@ -79,40 +80,6 @@ class Forward {
 
     for (int j = 0; j < tokens; ++j) scale_row(m_.k + j * m_.ldk, dk_, decay_.to_end()[j]);
     multiply<Into::kScaleAdd, true>(m_.k, m_.ldk, m_.v, m_.ldv, dk_, dv_, tokens, m_.s, m_.ldv, decay_.whole());
-  }
-
-  // a[i][j] for j <= i, 0 for the other columns that a block of rows goes over.
-  void scores(int tokens) {
-    for (int i = 0; i < tokens; i += kBlockRows) {
-      const int rows = std::min(kBlockRows, tokens - i);
-      float* a = m_.a + i * kTokenPitch;
-      multiply<Into::kSet>(m_.q + i * m_.ldk, m_.ldk, m_.kt, kTokenPitch, rows, i + rows, dk_, a, kTokenPitch);
-      for (int r = 0; r < rows; ++r) {
-        for (int j = 0; j < i + rows; j += W) {
-          V x = load(a + r * kTokenPitch + j) * decay_.to_token(i + r, j);
-          stdx::where(lanes_ > static_cast<float>(i + r - j), x) = 0.0f;
-          store(x, a + r * kTokenPitch + j);
-        }
-      }
-    }
-  }
-
-  void add_values(int tokens) {
-    if (is_finite(m_.v, tokens, dv_, m_.ldv)) {
-      for (int i = 0; i < tokens; i += kBlockRows) {
-        const int rows = std::min(kBlockRows, tokens - i);
-        multiply<Into::kSet>(m_.a + i * kTokenPitch, kTokenPitch, m_.v, m_.ldv, rows, dv_, i + rows,
-                             m_.out + i * m_.ldv, m_.ldv);
-      }
-      return;
-    }
-    // A weight of 0 times NaN would reach the rows before it: each row takes its own tokens alone, in the same order.
-    for (int i = 0; i < tokens; ++i) {
-      for (int p = 0; p < dv_; p += kPanelWidth) {
-        multiply_block<Into::kSet, false, 1>(m_.a + i * kTokenPitch, kTokenPitch, m_.v + p, m_.ldv, i + 1,
-                                             m_.out + i * m_.ldv + p, m_.ldv, nullptr);
-      }
-    }
   }
 
   const LightningItem& item_;
@@ -123,7 +90,6 @@ class Forward {
   ChunkDecay decay_;
   StateRows initial_, final_;
   ForwardScratch m_;
-  const V lanes_ = lane_numbers();
 };
 
 // S[d][c] = decay * S[d][c] + k[d] * v[c], out[c] = sum over d of q[d] * S[d][c]. Strictly in the order of memory, which

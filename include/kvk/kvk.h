@@ -5,6 +5,7 @@
 #include "kvk/context.h"
 #include "kvk/hadamard.h"
 #include "kvk/lightning.h"
+#include "kvk/linear.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
 #include "kvk/sparse.h"

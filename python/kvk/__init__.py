@@ -22,6 +22,7 @@ from kvk.ops.block_sparse import (  # noqa: E402
 )
 from kvk.ops.hadamard import hadamard  # noqa: E402
 from kvk.ops.lightning import lightning_attention, lightning_decode, lightning_slopes  # noqa: E402
+from kvk.ops.linear import linear_attention, taylor_feature_map  # noqa: E402
 from kvk.ops.neighborhood import neighborhood_attention, neighborhood_attention_backward  # noqa: E402
 from kvk.ops.paged import append_kv, merge_states, paged_decode, paged_prefill  # noqa: E402
 from kvk.ops.quant import dequantize, dequantize_pages, quantize, quantize_pages  # noqa: E402
@@ -53,6 +54,7 @@ __all__ = [
     "lightning_attention",
     "lightning_decode",
     "lightning_slopes",
+    "linear_attention",
     "merge_states",
     "neighborhood_attention",
     "neighborhood_attention_backward",
@@ -66,5 +68,6 @@ __all__ = [
     "recording",
     "sparse_decode",
     "sparse_prefill",
+    "taylor_feature_map",
     "vertical_slash_attention",
 ]

@@ -210,6 +210,34 @@ def _lightning_decode(a: Arguments) -> Cost:
     )
 
 
+def _linear(a: Arguments) -> Cost:
+    """Of the recurrence: k v^T and S^T q; z and q . z."""
+    q, v = a["q"], a["v"]
+    count = q.shape[0] if a.get("cu_seqlens") is None else a["cu_seqlens"].numel() - 1
+    final = 4 * count * q.shape[2] * q.shape[3] * (v.shape[3] + 1)
+    given = ("q_den", "k_den", "initial_state", "initial_z")
+    moved = 2 * _size(q) + 2 * _size(v) + final + sum(_size(a[x]) for x in given if a.get(x) is not None)
+    rows = q.shape[0] * q.shape[1] * q.shape[2]
+    return Cost(moved + 4 * rows, 4 * q.numel() * (v.shape[3] + 1), "read")
+
+
+def _linear_backward(a: Arguments) -> Cost:
+    """The states again and their gradient; a product for each of q, k and v."""
+    q, v = a["q"], a["v"]
+    gradients = 2 * _size(q) + _size(v) + sum(_size(a[x]) for x in ("q_den", "k_den") if a.get(x) is not None)
+    return Cost(_linear(a).bytes + gradients, 10 * q.numel() * (v.shape[3] + 1), "read")
+
+
+def _taylor(a: Arguments) -> Cost:
+    x = a["x"]
+    d = x.shape[-1]
+    rows = x.numel() // d
+    features = 1 + d + d * (d + 1) // 2
+    backward = "grad" in a
+    moved = rows * (features + d * (2 if backward else 1)) * x.element_size()
+    return Cost(moved, rows * (3 * d * d if backward else d + d * (d + 1)), "copy")
+
+
 def _pack(a: Arguments) -> Cost:
     fmt: QuantFormat | BitmapFormat = a["fmt"]
     count, heads = a["src"].numel(), a["k_pages"].shape[2]
@@ -262,4 +290,8 @@ COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "lightning_attention": _lightning,
     "lightning_attention_backward": _lightning_backward,
     "lightning_decode": _lightning_decode,
+    "linear_attention": _linear,
+    "linear_attention_backward": _linear_backward,
+    "taylor_feature_map": _taylor,
+    "taylor_feature_map_backward": _taylor,
 }

@@ -122,6 +122,16 @@ def _lightning_backward(
 _ATTENTION = ("out", "lse")
 _GRADIENTS = ("dq", "dk", "dv")
 _LIGHTNING_GRADIENTS = ("grad_q", "grad_k", "grad_v", "grad_log_decay", "grad_initial_state")
+_LINEAR = ("out", "den", "final_state", "final_z")
+_LINEAR_GRADIENTS = (
+    "grad_q",
+    "grad_k",
+    "grad_v",
+    "grad_q_den",
+    "grad_k_den",
+    "grad_initial_state",
+    "grad_initial_z",
+)
 # Every op that can be replayed against a reference: its results and how to get them. Others run all the same.
 REFERENCES: dict[str, Reference] = {
     "paged_decode": _both_ways(reference.paged_decode, _ATTENTION, "q"),
@@ -148,6 +158,12 @@ REFERENCES: dict[str, Reference] = {
         reference.neighborhood_attention_backward, _GRADIENTS, "q", "tensor"
     ),
     "lightning_attention_backward": _both_ways(_lightning_backward, _LIGHTNING_GRADIENTS, "q", "tensor"),
+    "linear_attention": _both_ways(reference.linear_attention, _LINEAR, "q"),
+    "linear_attention_backward": _both_ways(
+        reference.linear_attention_backward, _LINEAR_GRADIENTS, "q", "tensor"
+    ),
+    "taylor_feature_map": _both_ways(reference.taylor_feature_map, ("out",), "x"),
+    "taylor_feature_map_backward": _both_ways(reference.taylor_feature_map_backward, ("out",), "x", "tensor"),
     "append_kv": _in_place(reference.append_kv, ("k_pages", "v_pages")),
     "quantize_pages": _in_place(_with_format(reference.quantize_pages), ("k_pool", "v_pool")),
     "dequantize_pages": _exact(_with_format(reference.dequantize_pages), ("k", "v")),

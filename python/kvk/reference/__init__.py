@@ -18,6 +18,13 @@ from kvk.reference.gradients import (
 )
 from kvk.reference.hadamard import hadamard, hadamard_matrix
 from kvk.reference.lightning import lightning_attention, lightning_attention_backward, lightning_decode
+from kvk.reference.linear import (
+    linear_attention,
+    linear_attention_backward,
+    linear_attention_mask,
+    taylor_feature_map,
+    taylor_feature_map_backward,
+)
 from kvk.reference.merge import merge_states
 from kvk.reference.neighborhood import axis_mask, neighborhood_attention, neighborhood_mask
 from kvk.reference.paged import append_kv, gather_request, paged_decode, paged_prefill, unpack_mask_bits
@@ -41,6 +48,9 @@ __all__ = [
     "lightning_attention",
     "lightning_attention_backward",
     "lightning_decode",
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_mask",
     "merge_states",
     "merge_states_backward",
     "neighborhood_attention",
@@ -54,6 +64,8 @@ __all__ = [
     "quantize_pages",
     "sparse_decode",
     "sparse_prefill",
+    "taylor_feature_map",
+    "taylor_feature_map_backward",
     "unpack_mask_bits",
     "vertical_slash_attention",
 ]

@@ -29,6 +29,7 @@ CASES = [
     LightningCase(8192, headline=True),
     LightningCase(8192, dtype="bf16", headline=True),
     LightningCase(16384),
+    LightningCase(32768),
     LightningCase(65536),
     LightningCase(2048, backward=True, headline=True),
     LightningCase(8192, backward=True),

@@ -2,7 +2,7 @@
 
 A decode step reads and writes its states once, so the copy bandwidth is its ceiling. Peers: flash-linear-attention's
 chunked and recurrent kernels, the recurrence in plain torch, and FlashAttention over as many tokens, which is another
-function. pytest finds no benchmark here: the CPU's are bench_lightning.py.
+function. Gradients are those of q, k and v. pytest finds no benchmark here: the CPU's are bench_lightning.py.
 """
 
 from __future__ import annotations
@@ -88,8 +88,20 @@ class Fla:
         return None if find_spec("fla") else "flash-linear-attention is not installed"
 
     def build(self, data: Any) -> Prepared:
-        """Decays per head."""
+        """Decays per head; of a backward, the forward pass is not timed."""
+        if getattr(data.case, "backward", False):
+            return gradient(self.call, data, lambda grads: grads[0])
         return Prepared(lambda: self.call(data), lambda out: out)
+
+
+def gradient(
+    call: Callable[[Any], torch.Tensor], data: CudaLightning, result: Callable[..., Any]
+) -> Prepared:
+    """A peer's gradient of q, k and v, by autograd."""
+    leaves = [x.detach().clone().requires_grad_() for x in (data.q, data.k, data.v)]
+    copy = CudaLightning(data.case, *leaves, data.grad, data.decay, data.scale)
+    out = call(copy)
+    return Prepared(lambda: torch.autograd.grad(out, leaves, data.grad, retain_graph=True), result)
 
 
 def fla_chunks(data: CudaLightning) -> torch.Tensor:
@@ -125,14 +137,16 @@ class Flash:
         return "up to 32k tokens" if case.tokens > 32768 else None
 
     def build(self, data: CudaLightning) -> Prepared:
-        """Heads first, as it wants them."""
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (data.q, data.k, data.v))
+        """Tokens before heads, as in memory."""
 
-        def run() -> torch.Tensor:
+        def run(data: CudaLightning) -> torch.Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (data.q, data.k, data.v))
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                return scaled_dot_product_attention(q, k, v, is_causal=True)
+                return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-        return Prepared(run, lambda _: None)
+        if data.case.backward:
+            return gradient(run, data, lambda _: None)
+        return Prepared(lambda: run(data), lambda _: None)
 
 
 def cases() -> list[LightningCase | LightningDecodeCase]:
@@ -146,6 +160,7 @@ def cases() -> list[LightningCase | LightningDecodeCase]:
         replace(sequence, decay=False, headline=False),
         replace(sequence, dtype="f16", headline=False),
         replace(sequence, heads=16, tokens=32768, headline=False),
+        replace(sequence, backward=True),
     ]
 
 

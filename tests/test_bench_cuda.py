@@ -143,7 +143,12 @@ class TestLightning:
     """Lightning attention: peers of another function are not checked, and every step starts from the first states."""
 
     @pytest.mark.parametrize(
-        "case", [LightningCase(130, heads=2, dim=16), LightningDecodeCase(3, heads=2, dim=16)]
+        "case",
+        [
+            LightningCase(130, heads=2, dim=16),
+            LightningCase(130, heads=2, dim=16, backward=True),
+            LightningDecodeCase(3, heads=2, dim=16),
+        ],
     )
     def test_a_row(self, on_the_cpu, case):
         ours, *peers = bench_lightning_cuda.implementations(case)
@@ -167,6 +172,16 @@ class TestLightning:
         wrong = bench_lightning_cuda.Ours(lambda data: bench_lightning_cuda.ours(data) * 1.1)
         with pytest.raises(WrongResultError, match="is off by"):
             cuda_harness.CudaMeasurement(case, [wrong], cuda_harness.CudaCeilings("cpu"), 1, 1e-3)
+
+    def test_a_peers_gradient(self):
+        import kvk
+
+        def forward(x):
+            return kvk.lightning_attention(x.q, x.k, x.v, x.decay, scale=x.scale)[0]
+
+        data = cuda_data.draw(LightningCase(130, heads=2, dim=16, backward=True), 0, "cpu")
+        prepared = bench_lightning_cuda.gradient(forward, data, lambda grads: grads[0])
+        assert data.check(prepared.result(prepared.run())) < 1e-4
 
     def test_names_are_unique(self):
         cases = bench_lightning_cuda.cases()

@@ -41,6 +41,31 @@ def test_long_sequences(card, dtype, dims, decay):
     check_long(card, make_case(2, 3000, 8, *dims, dtype=dtype, decay=decay))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dims", [(128, 128), (64, 256)])
+def test_gradients_of_long_sequences(card, dtype, dims):
+    """Through autograd, against the CPU's."""
+    case = make_case(2, 3000, 4, *dims, dtype=dtype, decay="head")
+    names = ("q", "k", "v", "initial_state")
+    gen = torch.Generator().manual_seed(1)
+    grads = [torch.randn(case.v.shape, generator=gen).to(dtype), torch.randn(2, 4, *dims, generator=gen)]
+
+    def gradients(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [getattr(case, name).to(device) for name in names]
+        leaves = [(x if x.dtype == torch.float32 else x.to(dtype)).requires_grad_() for x in leaves]
+        *rows, state = leaves
+        results = kvk.lightning_attention(
+            *rows, case.log_decay.to(device), scale=case.scale, initial_state=state
+        )
+        wanted = [grads[0].to(device, dtype), grads[1].to(device)]
+        return [x.float().cpu() for x in torch.autograd.grad(results, leaves, wanted)]
+
+    eps = torch.finfo(dtype).eps
+    for name, got, want in zip(names, gradients("cuda", dtype), gradients("cpu", torch.float32), strict=True):
+        rtol = 1e-5 if name == "initial_state" else 2 * eps
+        torch.testing.assert_close(got, want, rtol=0, atol=rtol * want.abs().amax().item(), msg=name)
+
+
 def test_many_sequences(card):
     gen = torch.Generator().manual_seed(0)
     lengths = torch.randint(0, 300, (200,), generator=gen)

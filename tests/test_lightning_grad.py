@@ -53,10 +53,16 @@ def rows(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def check(case: LightningCase, with_final: bool = True):
-    """Against the formula in float64. The yardsticks are the formula and autograd through the recurrence, both in the
-    case's dtype: a decay's gradient is a sum of many products of both signs, which either may hit well by chance."""
+    """Runs the op's gradient and holds it against the formula."""
     grads = random_grads(case, with_final)
     got = gradients(kvk.lightning_attention, case, *grads)
+    check_results(case, grads, got)
+    return got
+
+
+def check_results(case: LightningCase, grads, got) -> None:
+    """Against the formula in float64. The yardsticks are the formula and autograd through the recurrence, both in the
+    case's dtype: a decay's gradient is a sum of many products of both signs, which either may hit well by chance."""
     args, named = case.args
     exact = reference.lightning_attention_backward(*grads, *args, **named)
     formula = reference.lightning_attention_backward(*grads, *args, **named, compute_dtype=case.q.dtype)
@@ -67,7 +73,6 @@ def check(case: LightningCase, with_final: bool = True):
         assert a.dtype == getattr(case, name).dtype
         plain = [rows(name, x) for x in plain]
         assert_error_rule(rows(name, a), rows(name, b), plain, per_row=True, what=f"gradient of {name}")
-    return got
 
 
 @pytest.mark.parametrize("decay", DECAYS)

@@ -133,6 +133,9 @@ void lightning_attention_backward(const LightningBackwardArgs& args, const Conte
   check_written(check, args.grad_v, "grad_v", args.v, "v");
   if (args.grad_log_decay) {
     if (!args.log_decay) fail(check.op(), "grad_log_decay: there is no log_decay");
+    if (check.device().type == DeviceType::cuda) {
+      fail(check.op(), "grad_log_decay must not be wanted on a card: the gradient of log_decay is on the CPU alone");
+    }
     check.same_shape(*args.grad_log_decay, "grad_log_decay", *args.log_decay, "log_decay");
     check.writable(*args.grad_log_decay, "grad_log_decay");
   }
@@ -142,7 +145,7 @@ void lightning_attention_backward(const LightningBackwardArgs& args, const Conte
   }
   by_device(
       check.op(), args.q, "q", [&] { cpu::lightning_attention_backward(args, threads_of(context)); },
-      [&] { fail(check.op(), "q must be on cpu, where the gradient is, got ", device_name(args.q.device)); });
+      [&] { cuda::lightning_attention_backward(args, context); });
 }
 
 void lightning_decode(const LightningDecodeArgs& args, const Context& context) {

@@ -103,6 +103,11 @@ void lightning_attention(const LightningArgs& args, const Context& context) {
   run_checked("lightning_attention", args.q.device, args, context, check_lightning_starts, launch_lightning_attention);
 }
 
+void lightning_attention_backward(const LightningBackwardArgs& args, const Context& context) {
+  run_checked("lightning_attention_backward", args.q.device, args, context, check_lightning_backward_starts,
+              launch_lightning_attention_backward);
+}
+
 void lightning_decode(const LightningDecodeArgs& args, const Context& context) {
   run_checked("lightning_decode", args.q.device, args, context, check_state_slots, launch_lightning_decode);
 }

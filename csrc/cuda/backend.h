@@ -27,6 +27,7 @@ void dequantize(const DequantizeArgs& args, const Context& context);
 void compress_pages(const CompressPagesArgs& args, const Context& context);
 void decompress_pages(const DecompressPagesArgs& args, const Context& context);
 void lightning_attention(const LightningArgs& args, const Context& context);
+void lightning_attention_backward(const LightningBackwardArgs& args, const Context& context);
 void lightning_decode(const LightningDecodeArgs& args, const Context& context);
 
 // Waits for the stream and copies from the card: what recording does (csrc/core/dump.h).

@@ -133,11 +133,24 @@ void check_decompress_ids(const DecompressPagesArgs& args, Launcher& launcher, W
   check_ids("decompress_pages", args.ids, "ids", args.k_pool.shape[0], launcher, workspace);
 }
 
+namespace {
+
+void check_starts(const char* op, const Tensor& q, const std::optional<Tensor>& cu_seqlens, Launcher& launcher,
+                  Workspace& workspace) {
+  if (!cu_seqlens) return;
+  const int64_t tokens = q.shape[1];
+  const BadValue bad = find_bad_value(starts_kernel(), ids_params(*cu_seqlens, tokens), launcher, workspace);
+  fail_starts(op, "cu_seqlens", tokens, "tokens of q", bad);
+}
+
+}  // namespace
+
 void check_lightning_starts(const LightningArgs& args, Launcher& launcher, Workspace& workspace) {
-  if (!args.cu_seqlens) return;
-  const int64_t tokens = args.q.shape[1];
-  const BadValue bad = find_bad_value(starts_kernel(), ids_params(*args.cu_seqlens, tokens), launcher, workspace);
-  fail_starts("lightning_attention", "cu_seqlens", tokens, "tokens of q", bad);
+  check_starts("lightning_attention", args.q, args.cu_seqlens, launcher, workspace);
+}
+
+void check_lightning_backward_starts(const LightningBackwardArgs& args, Launcher& launcher, Workspace& workspace) {
+  check_starts("lightning_attention_backward", args.q, args.cu_seqlens, launcher, workspace);
 }
 
 void check_state_slots(const LightningDecodeArgs& args, Launcher& launcher, Workspace& workspace) {

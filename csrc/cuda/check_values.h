@@ -16,6 +16,7 @@ void check_compress_values(const CompressPagesArgs& args, Launcher& launcher, Wo
 void check_decompress_ids(const DecompressPagesArgs& args, Launcher& launcher, Workspace& workspace);
 // The starts of packed sequences, if there are any.
 void check_lightning_starts(const LightningArgs& args, Launcher& launcher, Workspace& workspace);
+void check_lightning_backward_starts(const LightningBackwardArgs& args, Launcher& launcher, Workspace& workspace);
 void check_state_slots(const LightningDecodeArgs& args, Launcher& launcher, Workspace& workspace);
 
 // The kernels of all.

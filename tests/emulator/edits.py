@@ -146,13 +146,6 @@ EDITS: tuple[Edit, ...] = (
         test="sparse",
     ),
     Edit(
-        name="a decode step that reads q and k before they are there",
-        header="kvk/device/lightning_decode.cuh",
-        old="__syncthreads();  // q and k are there for all warps",
-        new="",
-        test="lightning",
-    ),
-    Edit(
         name="a decode step that sums what other warps still write",
         header="kvk/device/lightning_decode.cuh",
         old="__syncthreads();  // the parts of all warps are there",
@@ -188,6 +181,13 @@ EDITS: tuple[Edit, ...] = (
         test="lightning",
     ),
     Edit(
+        name="from the end a token decays by its own",
+        header="kvk/device/lightning.cuh",
+        old="return p_.sequences.reversed ? 1 : 0;",
+        new="return p_.sequences.reversed ? 0 : 0;",
+        test="lightning",
+    ),
+    Edit(
         name="the state as one bf16 of three",
         header="kvk/device/lightning.cuh",
         old="kStateParts = 3;",
@@ -197,15 +197,8 @@ EDITS: tuple[Edit, ...] = (
     Edit(
         name="a token past the end of a sequence decays",
         header="kvk/device/lightning_chunk.cuh",
-        old="if (logs == nullptr || at >= count) return 0.0f;",
-        new="if (logs == nullptr) return 0.0f;\n    if (at >= count) return -1.0f;",
-        test="lightning",
-    ),
-    Edit(
-        name="rows of a state counted twice where Dk is no multiple of a block's",
-        header="kvk/device/lightning_decode.cuh",
-        old="if (d >= p_.dk) break;",
-        new="if (first >= p_.dk) break;",
+        old="if (logs == nullptr || at >= count || at < shift) return 0.0f;",
+        new="if (logs == nullptr || at < shift) return 0.0f;\n    if (at >= count) return -1.0f;",
         test="lightning",
     ),
     Edit(

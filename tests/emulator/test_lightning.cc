@@ -8,8 +8,8 @@
 KVK_EMULATED_KERNEL(kvk::device::lightning_decode_kernel<kvk::device::bf16>);
 KVK_EMULATED_KERNEL(kvk::device::lightning_decode_kernel<float>);
 // Two stages of a chunk, and one.
-KVK_EMULATED_KERNEL(kvk::device::lightning_forward_kernel<kvk::device::LightningConfig<kvk::device::bf16, 48>>);
-KVK_EMULATED_KERNEL(kvk::device::lightning_forward_kernel<kvk::device::LightningConfig<kvk::device::f16, 128, true>>);
+KVK_EMULATED_KERNEL(kvk::device::lightning_forward_kernel<kvk::device::LightningConfig<kvk::device::bf16, 32>>);
+KVK_EMULATED_KERNEL(kvk::device::lightning_forward_kernel<kvk::device::LightningConfig<kvk::device::f16, 64, true>>);
 
 namespace kvk {
 namespace {
@@ -175,6 +175,80 @@ void test_forward(DType dtype, int64_t dk, int64_t dv, const std::vector<int64_t
   expect_close(worst_out, dtype == DType::bf16 ? 2e-2 : 4e-3, what + ", out");
 }
 
+// Gradients of q, k, v and the initial state of one sequence, by the recurrence from its end.
+void test_backward(int64_t dk, int64_t dv, int64_t tokens, bool per_token) {
+  constexpr double kScale = 0.5;
+  test::Random random(7);
+  const Array q = Array::random(DType::bf16, {1, tokens, 1, dk}, random);
+  const Array k = Array::random(DType::bf16, {1, tokens, 1, dk}, random);
+  const Array v = Array::random(DType::bf16, {1, tokens, 1, dv}, random);
+  const Array grad = Array::random(DType::bf16, {1, tokens, 1, dv}, random);
+  const Array initial = Array::random(DType::f32, {1, 1, dk, dv}, random);
+  const Array grad_final = Array::random(DType::f32, {1, 1, dk, dv}, random);
+  Array log = per_token ? Array::random(DType::f32, {1, tokens, 1}, random) : Array::random(DType::f32, {1}, random);
+  for (int64_t i = 0; i < log.view().numel(); ++i) log.set(i, -0.3f * std::fabs(log.view().ptr<const float>()[i]));
+  OnDevice device;
+  LightningBackwardArgs args;
+  args.grad_out = device(grad.view());
+  args.grad_final_state = device(grad_final.view());
+  args.q = device(q.view());
+  args.k = device(k.view());
+  args.v = device(v.view());
+  args.log_decay = device(log.view());
+  args.scale = kScale;
+  args.initial_state = device(initial.view());
+  args.grad_q = device(q.view(), emu::Use::output);
+  args.grad_k = device(k.view(), emu::Use::output);
+  args.grad_v = device(v.view(), emu::Use::output);
+  args.grad_initial_state = device(initial.view(), emu::Use::output);
+  emu::EmulatorLauncher launcher;
+  cuda::launch_lightning_attention_backward(args, launcher);
+
+  const auto decay = [&](int64_t t) {
+    return std::exp(per_token ? element(log.view(), {0, t, 0}) : element(log.view(), {0}));
+  };
+  const auto at = [](const Array& x, int64_t t, int64_t d) { return element(x.view(), {0, t, 0, d}); };
+  const auto state_of = [&](const Array& x) {
+    std::vector<double> s(static_cast<size_t>(dk * dv));
+    for (int64_t i = 0; i < dk * dv; ++i) s[static_cast<size_t>(i)] = element(x.view(), {0, 0, i / dv, i % dv});
+    return s;
+  };
+  Worst worst_rows, worst_state;
+  std::vector<double> s = state_of(initial), r = state_of(grad_final);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t d = 0; d < dk; ++d) {
+      double sum = 0;
+      for (int64_t c = 0; c < dv; ++c) {
+        double& x = s[static_cast<size_t>(d * dv + c)];
+        x = decay(t) * x + at(k, t, d) * at(v, t, c);
+        sum += kScale * x * at(grad, t, c);
+      }
+      worst_rows.see(element(args.grad_q, {0, t, 0, d}), sum);
+    }
+  }
+  for (int64_t t = tokens; t-- > 0;) {
+    std::vector<double> of_v(static_cast<size_t>(dv));
+    for (int64_t d = 0; d < dk; ++d) {
+      double of_k = 0;
+      for (int64_t c = 0; c < dv; ++c) {
+        double& x = r[static_cast<size_t>(d * dv + c)];
+        x += kScale * at(q, t, d) * at(grad, t, c);
+        of_k += x * at(v, t, c);
+        of_v[static_cast<size_t>(c)] += x * at(k, t, d);
+        x *= decay(t);
+      }
+      worst_rows.see(element(args.grad_k, {0, t, 0, d}), of_k);
+    }
+    for (int64_t c = 0; c < dv; ++c) worst_rows.see(element(args.grad_v, {0, t, 0, c}), of_v[static_cast<size_t>(c)]);
+  }
+  for (int64_t i = 0; i < dk * dv; ++i) {
+    worst_state.see(element(*args.grad_initial_state, {0, 0, i / dv, i % dv}), r[static_cast<size_t>(i)]);
+  }
+  const std::string what = "backward " + std::to_string(dk) + " x " + std::to_string(dv);
+  expect_close(worst_state, 5e-6, what + ", states");
+  expect_close(worst_rows, 3e-2, what + ", rows");
+}
+
 }  // namespace
 }  // namespace kvk
 
@@ -183,7 +257,9 @@ int main() {
     kvk::test_decode(kvk::DType::bf16, 144, 72, true);
     kvk::test_decode(kvk::DType::f32, 40, 8, false);
     // Four chunks, one, none, and one of a single token.
-    kvk::test_forward(kvk::DType::bf16, 40, 72, {230, 64, 0, 1}, true, 227 * 1024);
-    kvk::test_forward(kvk::DType::f16, 128, 24, {140}, false, 99 * 1024);
+    kvk::test_forward(kvk::DType::bf16, 24, 72, {230, 64, 0, 1}, true, 227 * 1024);
+    kvk::test_forward(kvk::DType::f16, 64, 24, {140}, false, 60 * 1024);
+    kvk::test_backward(24, 32, 150, true);
+    kvk::test_backward(32, 24, 64, false);
   });
 }

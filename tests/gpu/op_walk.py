@@ -23,6 +23,7 @@ from paged_cases import make_case
 from quant_attention_cases import make_quant_case
 from test_cuda_ops_lightning import check as check_forward
 from test_cuda_ops_lightning import make
+from test_cuda_ops_lightning_grad import check as check_backward
 from test_lightning import decode_case
 
 BF16 = {"dtype": torch.bfloat16, "head_dim": 64}
@@ -120,6 +121,7 @@ def walk_lightning(card: Card) -> int:
     for kind, tokens in (("bf16", 200), ("f16_wide", 130)):
         case = make(kind, 1, tokens, 2, starts=int32(0, 1, 1, tokens - 3))
         check_forward(card, case)
+    check_backward(card, make("bf16", 2, 150, 2))
     for dtype in (torch.float32, torch.bfloat16):
         args = decode_case(dk=64, dv=40, dtype=dtype)
         q, k, v, pool, *rest = card.put([x.clone() for x in args])
@@ -127,7 +129,7 @@ def walk_lightning(card: Card) -> int:
         right = kvk.lightning_decode(*args)
         torch.testing.assert_close(out.cpu().float(), right.float(), rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(pool.cpu(), args[3], rtol=1e-5, atol=1e-5)
-    return 4
+    return 5
 
 
 def walk_attention(card: Card, fmt: kvk.QuantFormat | kvk.BitmapFormat) -> int:

@@ -6,6 +6,7 @@
 // 8 Dk Dv, so that the state is as exact as fp32; bytes: q, k, v, out once. At 128 x 128 in bf16 some 85 FLOPs a byte: on an
 // H100 bound by mma.sync and memory alike. Products of f16 take three to five times those of bf16: S, A and decayed values
 // may leave the range of f16, so that all factors are taken as sums of bf16.
+// The gradients of q, k and v are this kernel in other roles (csrc/cuda/lightning.cc), the last two from the end of a sequence.
 // Tile: a block takes one head of one sequence and 64 columns of v, one chunk after another; a warp 16 of the columns and S^T
 // of them, [16, Dk], in registers as an mma accumulator, which is also the first factor of S^T Q^T. Scores are shared: warps
 // take turns at their 10 blocks of 16 x 16. Pipeline: two stages of q, k and v filled by cp.async, two block barriers a chunk.
@@ -40,7 +41,7 @@ class LightningForward {
     load_state();
     const float* logs = item_.rows<const float>(p_.log_decay);
     if (p_.log_decay.data == nullptr) logs = nullptr;
-    if (warp() == 0) decay(0).prepare(ChunkDecay::load(logs, p_.log_decay.token_stride, 0, item_.tokens));
+    if (warp() == 0) decay(0).prepare(load_decays(logs, 0));
     if (item_.tokens > 0) load(0, 0);
     ptx::cp_async_commit();
     for (int64_t first = 0, chunk = 0; first < item_.tokens; first += kChunk, ++chunk) {
@@ -51,7 +52,7 @@ class LightningForward {
       if (kStages == 2 && more) load(stage ^ 1, first + kChunk);
       ptx::cp_async_commit();
       float2 next = {};
-      if (warp() == 0) next = ChunkDecay::load(logs, p_.log_decay.token_stride, first + kChunk, item_.tokens);
+      if (warp() == 0) next = load_decays(logs, first + kChunk);
       step(stage, first, decay(chunk));
       if (warp() == 0) decay(chunk + 1).prepare(next);
       if (kStages == 1 && more) {
@@ -60,7 +61,7 @@ class LightningForward {
         ptx::cp_async_commit();
       }
     }
-    store_state();
+    store_state(logs);
   }
 
  private:
@@ -71,6 +72,12 @@ class LightningForward {
   KVK_DEVICE static int warp() { return threadIdx.x / 32; }
   KVK_DEVICE ChunkDecay decay(int64_t chunk) const {
     return ChunkDecay(decays_ + chunk % 2 * LightningShape::kDecayFloats);
+  }
+
+  // From the end a token decays by what the one after it in time decays by.
+  KVK_DEVICE int shift() const { return p_.sequences.reversed ? 1 : 0; }
+  KVK_DEVICE float2 load_decays(const float* logs, int64_t first) const {
+    return ChunkDecay::load(logs, p_.log_decay.token_stride, shift(), first, item_.tokens);
   }
 
   KVK_DEVICE void load(int stage, int64_t first) const {
@@ -164,7 +171,7 @@ class LightningForward {
     KVK_UNROLL
     for (int n = 0; n < kChunk / 8; ++n) {
       KVK_UNROLL
-      for (int i = 0; i < 4; ++i) out[n][i] *= p_.scale * decay.since_start(n * 8 + lane() % 4 * 2 + i % 2);
+      for (int i = 0; i < 4; ++i) out[n][i] *= p_.past_scale * decay.since_start(n * 8 + lane() % 4 * 2 + i % 2);
     }
   }
 
@@ -267,7 +274,8 @@ class LightningForward {
         const int token = step * 16 + i / 2 * 8 + lane() % 4 * 2;
         const float2 pair = unpack2<T>(values[i]);
         uint32_t parts[kStateParts];
-        split_bf16(pair.x * decay.to_end(token), pair.y * decay.to_end(token + 1), parts);
+        split_bf16(pair.x * (decay.to_end(token) * p_.key_scale), pair.y * (decay.to_end(token + 1) * p_.key_scale),
+                   parts);
         KVK_UNROLL
         for (int part = 0; part < kStateParts; ++part) a[part][i] = parts[part];
       }
@@ -298,11 +306,21 @@ class LightningForward {
   KVK_DEVICE void load_state() {
     const float* from = item_.state(p_.initial);
     if (from == nullptr) return;
-    for_each_state([&](float& s, int row, int column) { s = from[row * p_.initial.row_stride + column]; });
+    for_each_state([&](float& s, int row, int column) {
+      s = from[row * p_.initial.row_stride + column * p_.initial.column_stride];
+    });
   }
-  KVK_DEVICE void store_state() {
+  KVK_DEVICE void store_state(const float* logs) {
     float* to = item_.state(p_.final);
-    for_each_state([&](float& s, int row, int column) { to[row * p_.final.row_stride + column] = s; });
+    if (to == nullptr) return;
+    // From the end, what the first token in time decays by is left.
+    const float left =
+        p_.sequences.reversed
+            ? expf(ChunkDecay::load_one(logs, p_.log_decay.token_stride, 1, item_.tokens, item_.tokens + 1))
+            : 1.0f;
+    for_each_state([&](float& s, int row, int column) {
+      to[row * p_.final.row_stride + column * p_.final.column_stride] = s * left;
+    });
   }
 
   // Tokens of no sequence.

@@ -101,10 +101,17 @@ class ChunkDecay {
     if (lane == 0) memory_[4 * kChunk] = expf(static_cast<float>(total));
   }
 
-  // What prepare wants of the chunk that starts at token `first` of `count`.
-  KVK_DEVICE static float2 load(const float* logs, int64_t stride, int64_t first, int64_t count) {
+  // What prepare wants of the chunk that starts at token `first` of `count`. A token has the log decay of the one `shift`
+  // before it, the first one none.
+  KVK_DEVICE static float2 load(const float* logs, int64_t stride, int shift, int64_t first, int64_t count) {
     const int64_t at = first + threadIdx.x % 32 * 2;
-    return make_float2(load_one(logs, stride, at, count), load_one(logs, stride, at + 1, count));
+    return make_float2(load_one(logs, stride, shift, at, count), load_one(logs, stride, shift, at + 1, count));
+  }
+  KVK_DEVICE static float load_one(const float* logs, int64_t stride, int shift, int64_t at, int64_t count) {
+    if (logs == nullptr || at >= count || at < shift) return 0.0f;
+    const float log = logs[(at - shift) * stride];
+    // exp(-200) is 0 in fp32 as is exp(-inf), of which no differences could be taken. NaN stays.
+    return log < -200.0f ? -200.0f : log;
   }
 
  private:
@@ -118,13 +125,6 @@ class ChunkDecay {
     memory_[2 * kChunk + i] = expf(high);
     memory_[3 * kChunk + i] = expf(static_cast<float>(total - sum));
   }
-  // exp(-200) is 0 in fp32 as is exp(-inf), of which no differences could be taken. NaN stays.
-  KVK_DEVICE static float load_one(const float* logs, int64_t stride, int64_t at, int64_t count) {
-    if (logs == nullptr || at >= count) return 0.0f;
-    const float log = logs[at * stride];
-    return log < -200.0f ? -200.0f : log;
-  }
-
   float* memory_;
 };
 
@@ -156,13 +156,12 @@ struct LightningItem {
     head = row % num_heads;
     batch = p.starts == nullptr ? sequence : 0;
     first = p.starts == nullptr ? 0 : p.start(sequence);
-    if (sequence == p.num_sequences) {
-      tokens = p.num_tokens - first;
-      return false;
-    }
-    const int64_t end = p.starts == nullptr ? p.num_tokens : p.start(sequence + 1);
-    tokens = end > first ? end - first : 0;
-    return true;
+    const bool owned = sequence < p.num_sequences;
+    int64_t end = p.starts == nullptr || !owned ? p.num_tokens : p.start(sequence + 1);
+    if (end < first) end = first;
+    tokens = end - first;
+    if (p.reversed) first = p.num_tokens - end;
+    return owned;
   }
 
   // Element 0 of the first token.

@@ -7,10 +7,10 @@ namespace kvk::device {
 
 inline constexpr int kMostLightningDim = 256;
 
-// fp32 [slots, heads, Dk, Dv], last stride 1; rows on multiples of 16 bytes.
+// fp32 [slots, heads, Dk, Dv].
 struct StateView {
   float* data;
-  int64_t slot_stride, head_stride, row_stride;  // elements
+  int64_t slot_stride, head_stride, row_stride, column_stride;  // elements
 };
 
 // fp32 log decays of (row or token, head); null: no decay. row_stride 0: of a head alone.
@@ -26,7 +26,7 @@ struct DecayView {
 struct LightningDecodeParams {
   RowsView q, k, v;  // [batch, heads, Dk] and [.., Dv], rows on multiples of 16 bytes
   RowsView out;      // written
-  StateView state;   // updated in place
+  StateView state;   // updated in place; rows on multiples of 16 bytes, columns beside each other
   int64_t num_slots;
   const int32_t* slots;  // [batch]; negative: skip
   int64_t slots_stride;
@@ -46,6 +46,8 @@ struct SequenceStarts {
   const int32_t* starts;  // [num_sequences + 1], of batch row 0; null: a sequence a batch row
   int64_t stride;
   int64_t num_sequences, num_tokens;  // num_tokens: of a batch row
+  // Tokens are counted from the end: token 0 is the last one of a batch row, and the last one of a sequence its first.
+  bool reversed;
 
   // Starts that are off never lead past the tokens.
   KVK_HOST_DEVICE int64_t start(int64_t n) const {
@@ -58,10 +60,12 @@ struct LightningParams {
   SequenceView q, k, v;  // rows on multiples of 16 bytes
   SequenceView out;      // written
   SequenceView log_decay;
-  StateView initial, final;  // of a sequence; initial.data null: zeros. final is written, and may be initial
+  StateView initial,
+      final;  // of a sequence. initial.data null: zeros. final is written, unless null, and may be initial
   SequenceStarts sequences;
   int32_t num_heads, dk, dv;
-  float scale;
+  // out = scale * (tokens of the chunk) + past_scale * S^T q;  S += key_scale * k v^T
+  float scale, past_scale, key_scale;
 };
 
 // Sizes that follow from Dk; the kernel uses them as constants, the launch code to ask for shared memory.

@@ -197,10 +197,10 @@ fake("lightning_attention.out", "lightning_decode.out")(no_results)
 
 
 def _save_inputs(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    if inputs[0].is_cuda:
+    log_decay = inputs[3]
+    if log_decay is not None and log_decay.is_cuda and log_decay.requires_grad:
         raise RuntimeError(
-            "kvk::lightning_attention: q must be on cpu where a gradient is wanted, got cuda; without one, call it "
-            "under torch.no_grad()"
+            "kvk::lightning_attention: log_decay must not require a gradient on a card: that is on the CPU alone"
         )
     ctx.save_for_backward(*inputs)
     ctx.scale = keyword_only_inputs["scale"]

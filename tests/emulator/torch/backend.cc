@@ -269,6 +269,15 @@ void lightning_attention(const LightningArgs& args, const Context&) {
   launch_lightning_attention(args, launcher);
 }
 
+void lightning_attention_backward(const LightningBackwardArgs& args, const Context&) {
+  check_first(
+      [&](Launcher& launcher, Workspace& workspace) { check_lightning_backward_starts(args, launcher, workspace); });
+  const Call call({args.grad_q.data, args.grad_k.data, args.grad_v.data,
+                   args.grad_initial_state ? args.grad_initial_state->data : nullptr});
+  NotedLauncher launcher;
+  launch_lightning_attention_backward(args, launcher);
+}
+
 void lightning_decode(const LightningDecodeArgs& args, const Context&) {
   check_first([&](Launcher& launcher, Workspace& workspace) { check_state_slots(args, launcher, workspace); });
   const Call call({args.out.data}, {args.state.data});

@@ -270,9 +270,14 @@ def check_decode(card: Card, args) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("dims", [(40, 24), (128, 128), (8, 72), (256, 8)])
-def test_decode(card: Card, dtype, decay, dims):
-    check_decode(card, decode_case(dk=dims[0], dv=dims[1], dtype=dtype, decay=decay))
+def test_decode(card: Card, dtype, decay):
+    check_decode(card, decode_case(dk=40, dv=24, dtype=dtype, decay=decay))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(128, 128), (8, 72), (256, 8), (136, 256)])
+def test_decode_dims(card: Card, dtype, dims):
+    check_decode(card, decode_case(2, 1, *dims, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

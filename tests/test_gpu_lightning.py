@@ -66,6 +66,15 @@ def test_gradients_of_long_sequences(card, dtype, dims):
         torch.testing.assert_close(got, want, rtol=0, atol=rtol * want.abs().amax().item(), msg=name)
 
 
+def test_decays_that_want_a_gradient_are_refused(card):
+    case = make_case(1, 20, 1, 32, 32, dtype=torch.bfloat16)
+    q, k, v, log_decay = card.put([case.q, case.k, case.v, case.log_decay])
+    with pytest.raises(RuntimeError, match=r"kvk::lightning_attention: log_decay must not require"):
+        kvk.lightning_attention(q, k, v, log_decay.requires_grad_())
+    with torch.no_grad():
+        kvk.lightning_attention(q, k, v, log_decay)
+
+
 def test_many_sequences(card):
     gen = torch.Generator().manual_seed(0)
     lengths = torch.randint(0, 300, (200,), generator=gen)

@@ -2,10 +2,11 @@
 //   A = scale * Q K^T .* exp(G_i - G_j) for j <= i      out = A V + scale * exp(G_i) Q S
 //   S = exp(G_last) S + K^T (exp(G_last - G_j) V)
 //
-// FLOPs a token and head: C (Dk + Dv) + 4 Dk Dv with C = 64; S takes its products in three bf16 parts of V, which makes it
-// 8 Dk Dv, so that the state is as exact as fp32; bytes: q, k, v, out once. At 128 x 128 in bf16 some 85 FLOPs a byte: on an
-// H100 bound by mma.sync and memory alike. Products of f16 take three to five times those of bf16: S, A and decayed values
-// may leave the range of f16, so that all factors are taken as sums of bf16.
+// FLOPs a token and head: C (Dk + Dv) + 4 Dk Dv with C = 64. The update of S takes decayed values as three bf16 parts, 8 Dk Dv
+// in all, so that the state is as exact as fp32; each block of columns makes the scores anew. Bytes: q, k, v, out once. At
+// 128 x 128 in bf16 that is some 160 FLOPs a byte of mma.sync, of which an H100 does about 180 in the time of a byte: bound by
+// both alike, where there are heads and sequences enough. Products of f16 take three to five times those of bf16: S, A and
+// decayed values may leave the range of f16, so that all factors are taken as sums of bf16.
 // The gradients of q, k and v are this kernel in other roles (csrc/cuda/lightning.cc), the last two from the end of a sequence.
 // Tile: a block takes one head of one sequence and 64 columns of v, one chunk after another; a warp 16 of the columns and S^T
 // of them, [16, Dk], in registers as an mma accumulator, which is also the first factor of S^T Q^T. Scores are shared: warps

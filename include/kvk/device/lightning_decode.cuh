@@ -1,9 +1,9 @@
 // The decode step of lightning attention: S = exp(log_decay) S + k v^T, out = scale * S^T q, a state of the pool a row.
 //
 // Bytes: each state read and written once, 8 * Dk * Dv; 5 operations for 8 bytes: bound by memory.
-// Tile: a block takes 32 columns of one state, 128 bytes of a row, so that one row of one head still fills 64 blocks at 16
-// heads of 128. Four lanes of a warp stand at different rows, 16 rows a block, and 8 loads of 16 bytes a thread are under
-// way at a time. The order of the sums over rows depends on Dk alone.
+// Tile: a block takes 32 columns of one state, 128 bytes of a row, so that a batch of one with 16 heads of 128 still has 64
+// blocks. A warp's lanes stand at four rows of the state, a block's at 16, and 8 loads of 16 bytes a thread are under way at a
+// time. The order of the sums over rows depends on Dk alone.
 #pragma once
 
 #include "kvk/device/lightning_params.h"

@@ -25,7 +25,7 @@ def lightning_attention(
     out: Tensor | None = None,
     final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Linear attention with decay. Differentiable in q, k, v, log_decay and initial_state.
+    """Linear attention with decay. Differentiable in q, k, v, initial_state and, on the CPU, log_decay.
 
     For every sequence and head, token by token: ``S = exp(log_decay) * S + k v^T``, ``out = scale * S^T q``. So a token
     sees itself with weight 1 and one n tokens back with the product of the n decays since; nothing is normalised. This

@@ -1,4 +1,5 @@
-// Normalised linear attention and its gradient at one instruction-set level, one head of one sequence at a time.
+// Normalised linear attention and the Taylor feature map at one instruction-set level, one head of one sequence or one row
+// at a time.
 //
 // The forward pass is the sum of linear_pass.h over (q, k, v). With G = dO / (den + eps), the gradient is the same sum three
 // times: dq over (G, v, k) and, from the last token to the first, so that j are the tokens that see i, dk over (v, G, q) and
@@ -7,9 +8,11 @@
 // times that: a fifth more than passes that share their scores and states. Bound by FMA.
 #include "cpu/kernels.h"
 
+#include <cmath>
 #include <vector>
 
 #include "cpu/linear_pass.h"
+#include "cpu/row_walk.h"
 
 namespace kvk::cpu::KVK_LEVEL {
 namespace {
@@ -206,6 +209,56 @@ class KeyGradients final {
   const Factors& factors_;
 };
 
+// Based's feature map is bound by the bytes of the features. Row i of the triangle is one product of x_i with the row's tail,
+// and so is its gradient.
+constexpr int kMostTaylor = padded(static_cast<int>(kMaxTaylorDim));
+
+struct TaylorFactors {
+  float linear, product, square;
+
+  explicit TaylorFactors(int d)
+      : linear(static_cast<float>(1.0 / std::sqrt(std::sqrt(d)))), product(static_cast<float>(1.0 / std::sqrt(d))),
+        square(static_cast<float>(1.0 / std::sqrt(2.0 * d))) {}
+};
+
+// to[0..n) = from[0..n) * factor; up to a vector more is written.
+inline void scaled(const float* from, int n, float factor, float* to) {
+  for (int c = 0; c < n; c += W) store(load(from + c) * factor, to + c);
+}
+
+// out has room for a vector more; what a row writes too much the next one covers.
+void features(const float* x, int d, const TaylorFactors& factors, float* out) {
+  out[0] = 1.0f;
+  scaled(x, d, factors.linear, out + 1);
+  float* to = out + 1 + d;
+  for (int i = 0; i < d; to += d - i, ++i) {
+    to[0] = x[i] * x[i] * factors.square;
+    scaled(x + i + 1, d - i - 1, x[i] * factors.product, to + 1);
+  }
+}
+
+// grad_x[i] = linear * g_i + 2 * square * x_i g_ii + product * sum over the others j of x_j g_ij
+void gradient(const float* grad, const float* x, int d, const TaylorFactors& factors, float* grad_x) {
+  alignas(64) float row[kMostTaylor + W];
+  load_row(grad + 1, d, grad_x);
+  scale_row(grad_x, d, factors.linear);
+  const float* from = grad + 1 + d;
+  for (int i = 0; i < d; from += d - i, ++i) {
+    const int n = d - i - 1;
+    load_row(from + 1, n, row);
+    const V own = x[i] * factors.product;
+    V sum = 0.0f;
+    for (int c = 0; c < n; c += W) {
+      const V g = load(row + c);  // 0 past the row
+      sum += g * load(x + i + 1 + c);
+      store(load(grad_x + i + 1 + c) + g * own, grad_x + i + 1 + c);
+    }
+    float sums[4];
+    sum_lanes(sum, sum, sum, sum, sums);
+    grad_x[i] += factors.product * sums[0] + 2.0f * factors.square * x[i] * from[0];
+  }
+}
+
 }  // namespace
 
 int64_t linear_scratch_floats(int dk, int dv) { return LinearScratch(dk, dv, nullptr).floats; }
@@ -222,6 +275,41 @@ void linear_backward(const LinearAttentionBackwardArgs& args, const LightningIte
   std::reverse(factors.out.begin(), factors.out.end());
   std::reverse(factors.den.begin(), factors.den.end());
   KeyGradients(args, item, m, factors).run();
+}
+
+void taylor_feature_map(const TaylorFeatureMapArgs& args, int64_t begin, int64_t end) {
+  const int d = static_cast<int>(args.x.shape[args.x.ndim - 1]);
+  const TaylorFactors factors(d);
+  by_dtype(args.x.dtype, [&](auto type) {
+    using T = decltype(type);
+    alignas(64) float x[kMostTaylor + W] = {};
+    const int count = static_cast<int>(taylor_features(d));
+    std::vector<float> row(static_cast<size_t>(count + W));
+    RowWalk from(args.x, begin), to(args.out, begin);
+    for (int64_t r = begin; r < end; ++r, from.next(), to.next()) {
+      load_row(args.x.ptr<const T>() + from.offset(), d, x);
+      features(x, d, factors, row.data());
+      store_row(row.data(), count, args.out.ptr<T>() + to.offset());
+    }
+  });
+}
+
+void taylor_feature_map_backward(const TaylorFeatureMapBackwardArgs& args, int64_t begin, int64_t end) {
+  const int d = static_cast<int>(args.x.shape[args.x.ndim - 1]);
+  const TaylorFactors factors(d);
+  by_dtype(args.x.dtype, [&](auto type) {
+    using T = decltype(type);
+    alignas(64) float x[kMostTaylor + W] = {}, grad_x[kMostTaylor + W] = {};
+    const int count = static_cast<int>(taylor_features(d));
+    std::vector<float> row(static_cast<size_t>(count + W));
+    RowWalk from(args.x, begin), grad(args.grad, begin), to(args.grad_x, begin);
+    for (int64_t r = begin; r < end; ++r, from.next(), grad.next(), to.next()) {
+      load_row(args.x.ptr<const T>() + from.offset(), d, x);
+      load_row(args.grad.ptr<const T>() + grad.offset(), count, row.data());
+      gradient(row.data(), x, d, factors, grad_x);
+      store_row(grad_x, d, args.grad_x.ptr<T>() + to.offset());
+    }
+  });
 }
 
 }  // namespace kvk::cpu::KVK_LEVEL

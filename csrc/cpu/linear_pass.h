@@ -35,14 +35,18 @@ class TokenRows {
     by_dtype(dtype_,
              [&](auto type) { load_row(reinterpret_cast<const decltype(type)*>(data_ + i * step_) + column, n, to); });
   }
+  // Row i is a short run of memory, which no hardware fetches ahead: a chunk is time enough.
+  void prefetch(int64_t i, int column, int n) const {
+    if (i >= count_) return;
+    const int64_t size = element_size(dtype_);
+    const char* row = data_ + i * step_ + column * size;
+    for (int64_t at = 0; at < n * size; at += 64) prefetch_l2(row + at);
+  }
   // Rows of a chunk; the next chunk's are fetched meanwhile.
   void load(int64_t first, int rows, int column, int n, float* to, int ld) const {
-    const int64_t size = element_size(dtype_);
     for (int r = 0; r < rows; ++r) {
       load(first + r, column, n, to + r * ld);
-      if (first + kChunk + r >= count_) continue;
-      const char* next = data_ + (first + kChunk + r) * step_ + column * size;
-      for (int64_t at = 0; at < n * size; at += 64) prefetch_l2(next + at);
+      prefetch(first + kChunk + r, column, n);
     }
   }
   void store(const float* from, int64_t i, int column, int n) const {
@@ -142,6 +146,7 @@ class VectorState {
   void add(const Group& group) {
     for (int64_t i = 0, summed = 0; i < group.count; ++i) {
       rows_.load(group.first + i, 0, dim_, row_);
+      rows_.prefetch(group.first + i + kChunk, 0, dim_);
       const V factor = factors_ == nullptr ? 1.0f : factors_[group.first + i];
       for (int d = 0; d < dim_; d += W) store(load(part_ + d) + load(row_ + d) * factor, part_ + d);
       const bool last = i + 1 == group.count;

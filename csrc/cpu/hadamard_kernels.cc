@@ -6,6 +6,7 @@
 #include <new>
 
 #include "cpu/hadamard_rows.h"
+#include "cpu/rotation.h"
 #include "cpu/row_walk.h"
 
 namespace kvk::cpu::KVK_LEVEL {
@@ -31,6 +32,12 @@ void rows(const HadamardArgs& args, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+
+int64_t rotation_scratch(int n) { return HadamardRow::scratch_floats(n); }
+
+void rotate_row(int n, bool transpose, float* row, float* scratch) {
+  HadamardRow(n, transpose).run(row, row, static_cast<float>(1.0 / std::sqrt(static_cast<double>(n))), scratch);
+}
 
 void hadamard(const HadamardArgs& args, int64_t row_begin, int64_t row_end) {
   switch (args.x.dtype) {

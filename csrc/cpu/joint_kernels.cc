@@ -7,15 +7,6 @@
 namespace kvk::cpu::KVK_LEVEL {
 namespace {
 
-template <class F>
-void with_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    default: return f(float{});
-  }
-}
-
 constexpr float kF16Max = 65504.0f;
 
 template <class T>

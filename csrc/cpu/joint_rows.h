@@ -1,12 +1,12 @@
 // Rows of several kv heads side by side: rotated together, their channels put in another order, and back.
 #pragma once
 
-#include <cmath>
 #include <memory>
 #include <new>
 
 #include "core/paged_problem.h"
-#include "cpu/hadamard_rows.h"
+#include "cpu/rotation.h"
+#include "cpu/simd.h"
 
 namespace kvk::cpu::KVK_LEVEL {
 
@@ -25,11 +25,10 @@ class JointRow {
  public:
   JointRow(int n, bool rotated, const Permutation& permutation, int64_t group)
       : n_(n), rotated_(rotated), permutation_(permutation), group_(group),
-        scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(n)))),
-        scratch_(aligned_floats(2 * int64_t{padded(n)} + padded(n))), ordered_(scratch_.get() + 2 * padded(n)) {}
+        scratch_(aligned_floats(rotation_scratch(n) + padded(n))), ordered_(scratch_.get() + rotation_scratch(n)) {}
 
   void store_order(float* row) {
-    if (rotated_) HadamardRow(n_, false).run(row, row, scale_, scratch_.get());
+    if (rotated_) rotate_row(n_, false, row, scratch_.get());
     if (permutation_.channels == nullptr) return;
     for (int i = 0; i < n_; ++i) ordered_[i] = row[permutation_.channel(group_, i)];
     std::copy_n(ordered_, n_, row);
@@ -40,7 +39,7 @@ class JointRow {
       for (int i = 0; i < n_; ++i) ordered_[permutation_.channel(group_, i)] = row[i];
       std::copy_n(ordered_, n_, row);
     }
-    if (rotated_) HadamardRow(n_, true).run(row, row, scale_, scratch_.get());
+    if (rotated_) rotate_row(n_, true, row, scratch_.get());
   }
 
  private:
@@ -48,7 +47,6 @@ class JointRow {
   bool rotated_;
   const Permutation& permutation_;
   int64_t group_;
-  float scale_;
   AlignedFloats scratch_;
   float* ordered_;
 };

@@ -11,28 +11,23 @@
 #include "cpu/kernels.h"
 
 namespace kvk::cpu::KVK_LEVEL {
+
+template class DenseStream<float>;
+template class DenseStream<bf16>;
+template class DenseStream<f16>;
+
 namespace {
 
+// f(the attention of the problem's format, as a type).
 template <class F>
-auto with_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    default: return f(float{});
+void with_attention(const PagedProblem& problem, F&& f) {
+  if (problem.quant == nullptr) {
+    with_dtype(problem.dtype, [&](auto element) { f(std::type_identity<Attention<DensePages<decltype(element)>>>()); });
+  } else if (problem.quant->restored()) {
+    f(std::type_identity<Attention<RestoredPages>>());
+  } else {
+    f(std::type_identity<Attention<QuantPages>>());
   }
-}
-
-// f(the attention of the problem's dtype and format, as a type).
-template <class F>
-auto with_attention(const PagedProblem& problem, F&& f) {
-  return with_dtype(problem.dtype, [&](auto element) {
-    using T = decltype(element);
-    if (problem.quant != nullptr && problem.quant->restored()) {
-      return f(std::type_identity<Attention<T, RestoredPages<T>>>());
-    }
-    if (problem.quant != nullptr) return f(std::type_identity<Attention<T, QuantPages<T>>>());
-    return f(std::type_identity<Attention<T, DensePages<T>>>());
-  });
 }
 
 }  // namespace

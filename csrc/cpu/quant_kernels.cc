@@ -168,15 +168,6 @@ Floats new_floats(int64_t count) {
   return Floats(static_cast<float*>(::operator new(static_cast<size_t>(count) * sizeof(float), std::align_val_t{64})));
 }
 
-template <class F>
-void with_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    default: return f(float{});
-  }
-}
-
 // f(row, scratch) for the transform of the block's rows; both are fp32 rows of padded(dim) floats.
 template <class F>
 void rotate_rows(const QuantBlock& b, bool transpose, F&& f) {

@@ -44,6 +44,16 @@ inline __m512 native(V x) { return bit_cast<__m512>(x); }
 inline __m256 native(V x) { return bit_cast<__m256>(x); }
 #endif
 
+// f(an element of the dtype of floats).
+template <class F>
+inline auto with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+    default: return f(float{});
+  }
+}
+
 // --- 16-bit floats ---------------------------------------------------------------------------------------------------
 
 inline float to_float(float x) { return x; }

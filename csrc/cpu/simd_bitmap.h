@@ -8,6 +8,12 @@
 
 namespace kvk::cpu::KVK_LEVEL {
 
+// f(an element of the dtype of values).
+template <class F>
+inline void with_value(DType dtype, F&& f) {
+  dtype == DType::bf16 ? f(bf16{}) : f(f16{});
+}
+
 inline constexpr int kMaxRow = 256;             // channels
 inline constexpr int kMaxWords = kMaxRow / 64;  // of a row's bitmap
 

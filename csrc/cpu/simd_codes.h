@@ -75,6 +75,18 @@ inline uint64_t squeeze8(uint64_t x) {
 #endif
 }
 
+// 16 codes of 3 bits, in the low 48, to 16 of 4 bits.
+inline uint64_t widen_codes(uint64_t x) {
+#if defined(__BMI2__)
+  return _pdep_u64(x, 0x7777777777777777);
+#else
+  x = (x & 0x000000ffffff) | (x & 0xffffff000000) << 8;
+  x = (x & 0x00000fff00000fff) | (x & 0x00fff00000fff000) << 4;
+  x = (x & 0x003f003f003f003f) | (x & 0x0fc00fc00fc00fc0) << 2;
+  return (x & 0x0707070707070707) | (x & 0x3838383838383838) << 1;
+#endif
+}
+
 // n codes, a byte each, n a multiple of 8, to a row's bytes.
 template <int kBits>
 inline void pack_codes(const uint8_t* codes, int n, uint8_t* row) {
@@ -189,28 +201,20 @@ inline V load_levels(const uint8_t* row, int first) {
   return load_codes<kBits>(row, first) - kMiddle<kBits>;
 }
 
-// Codes that take up whole words of 32 bits, a row of words in each lane: of 3 bits 32 in three words, some across two of them.
+// Code i, less kMiddle, of the words of 32 bits in each lane.
 template <int kBits>
-inline constexpr int kUnitWords = kBits == 3 ? 3 : 1;
-template <int kBits>
-inline constexpr int kUnitCodes = kUnitWords<kBits> * 32 / kBits;
-
-// Code i of such a unit, less kMiddle.
-template <int kBits>
-inline V unit_levels(const VU32* words, int i) {
-  const int bit = i * kBits, shift = bit % 32;
-  VU32 x = words[bit / 32] >> shift;
-  if (shift + kBits > 32) x |= words[bit / 32 + 1] << (32 - shift);
+inline V word_levels(VU32 words, int i) {
+  VU32 x = words >> i * kBits;
 #if defined(__AVX512F__)
   if constexpr (kBits != 8) {
     return bit_cast<V>(_mm512_permutexvar_ps(bit_cast<__m512i>(x), native(load(kLevels<kBits>.level))));
   }
 #elif defined(__AVX2__)
-  if constexpr (kBits == 2 || kBits == 3) {
+  if constexpr (kBits == 2) {
     return bit_cast<V>(_mm256_permutevar8x32_ps(native(load(kLevels<kBits>.level)), bit_cast<__m256i>(x)));
   }
 #endif
-  if (shift + kBits != 32) x &= (1u << kBits) - 1;
+  if ((i + 1) * kBits != 32) x &= (1u << kBits) - 1;
   return stdx::static_simd_cast<V>(bit_cast<stdx::rebind_simd_t<int32_t, V>>(x)) - kMiddle<kBits>;
 }
 
@@ -227,15 +231,6 @@ inline V load_codes_half(const uint8_t* row, int first) {
   }
 #endif
   return V([&](int i) { return i < 8 ? static_cast<float>(code_at<kBits>(row, first + i)) : 0.0f; });
-}
-
-// The same for eight codes; 0 in the upper half.
-template <int kBits>
-inline V load_levels_half(const uint8_t* row, int first) {
-  V x = load_codes_half<kBits>(row, first) - kMiddle<kBits>;
-  const V lane([](int i) { return static_cast<float>(i); });
-  stdx::where(lane >= 8.0f, x) = V(0.0f);
-  return x;
 }
 
 }  // namespace kvk::cpu::KVK_LEVEL

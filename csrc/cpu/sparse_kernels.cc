@@ -73,12 +73,6 @@ Floats new_floats(int64_t count) {
 }
 
 // f(bf16{}) or f(f16{}).
-template <class F>
-void with_value(DType dtype, F&& f) {
-  if (dtype == DType::bf16) return f(bf16{});
-  return f(f16{});
-}
-
 // Floats to values, each rounded as a cast does; a NaN becomes the one of that name, so that all bits are defined.
 template <class T>
 void round_row(const float* from, int dim, uint16_t* to) {

@@ -42,7 +42,7 @@ struct Scratch {
   }
 };
 
-template <class T, class Format>
+template <class Format>
 class Attention {
  public:
   Attention(const PagedProblem& p, const Plan& plan, Item item, void* scratch)
@@ -90,8 +90,8 @@ class Attention {
     const int64_t token = tile.token + r % per_head / p.group;
     const int64_t head = int64_t{tile.head_begin + r / per_head} * p.group + r % p.group;
     const float* sink = p.sinks ? p.sinks + head * p.sinks_stride : nullptr;
-    finish_row(acc, row, sink, p.head_dim_v,
-               static_cast<T*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride,
+    finish_row(acc, row, sink, p.head_dim_v, p.dtype,
+               element_at(p.out.data, token * p.out.token_stride + head * p.out.head_stride, p.dtype),
                p.lse + token * p.lse_token_stride + head * p.lse_head_stride);
   }
 
@@ -108,10 +108,9 @@ class Attention {
       int r = (h - tile_.head_begin) * padded_rows_;
       for (int t = 0; t < tile_.num_tokens; ++t) {
         for (int g = 0; g < p_.group; ++g, ++r) {
-          const T* q = static_cast<const T*>(p_.q.data) + (tile_.token + t) * p_.q.token_stride +
-                       (int64_t{h} * p_.group + g) * p_.q.head_stride;
+          const int64_t from = (tile_.token + t) * p_.q.token_stride + (int64_t{h} * p_.group + g) * p_.q.head_stride;
           float* to = scratch_.q + r * scratch_.ldq;
-          unpack_row(q, p_.head_dim, to);
+          unpack_row(element_at(p_.q.data, from, p_.dtype), p_.dtype, p_.head_dim, to);
           format_.prepare_query(to, tile_.stream);
         }
       }

@@ -54,8 +54,8 @@ class Prefetcher {
 // s[r * lds + j] = q_r . k_j for Rows rows and Keys keys; Rows * Keys is a multiple of 4.
 // q in the order of load_pair().
 template <class T, int Rows, int Keys>
-inline void dot_tile(const float* q, int ldq, const T* const* keys, int64_t head, int head_dim, float* s, int lds,
-                     Prefetcher& ahead) {
+[[gnu::always_inline]] inline void dot_tile(const float* q, int ldq, const T* const* keys, int64_t head, int head_dim,
+                                            float* s, int lds, Prefetcher& ahead) {
   V acc[Rows * Keys];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows * Keys; ++i) acc[i] = 0.0f;
@@ -83,10 +83,12 @@ inline void dot_tile(const float* q, int ldq, const T* const* keys, int64_t head
     multiply(d, k);
     d += W;
   }
-  if (d < head_dim) {
+  if constexpr (W > 8) {
+    if (d < head_dim) {
 #pragma GCC unroll 16
-    for (int j = 0; j < Keys; ++j) k[j] = load_half(keys[j] + head + d);
-    multiply(d, k);
+      for (int j = 0; j < Keys; ++j) k[j] = load_half(keys[j] + head + d);
+      multiply(d, k);
+    }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows * Keys; i += 4) {
@@ -101,9 +103,10 @@ inline void dot_tile(const float* q, int ldq, const T* const* keys, int64_t head
 enum class Column { kPairs, kVector, kHalf };
 
 // out[r][c..c + Vecs * W) = out * scale[r] + sum over keys of p[r][j] * v_j[c..).
+// Not inlined, where GCC would spill the sums.
 template <class T, int Rows, int Vecs, Column kColumn>
-inline void accumulate_tile(const float* p, int ldp, const float* scale, const T* const* keys, int64_t column,
-                            int count, float* out, int ldo, Prefetcher& ahead) {
+[[gnu::noinline]] void accumulate_tile(const float* p, int ldp, const float* scale, const T* const* keys,
+                                       int64_t column, int count, float* out, int ldo, Prefetcher& ahead) {
   static_assert(kColumn == Column::kPairs ? Vecs % 2 == 0 : Vecs == 1);
   V acc[Rows][Vecs];
 #pragma GCC unroll 16
@@ -143,45 +146,19 @@ inline void accumulate_tile(const float* p, int ldp, const float* scale, const T
   }
 }
 
+// The stream half of dense rows, wherever they lie.
 template <class T>
-class DensePages : public RowFormat<T> {
+class DenseStream : public RowFormat<T> {
  public:
-  using Rows = typename RowFormat<T>::Rows;
-
-  // A format may keep rows in another basis: it then changes queries on their way in and outputs on their way out.
-  static void finish_output(const PagedProblem&, float*) {}
-
-  explicit DensePages(const PagedProblem& p)
-      : RowFormat<T>(p.k.head_stride, p.v.head_stride, p.head_dim, p.head_dim_v), k_(p.k), v_(p.v) {}
-
-  void locate(const KeyBlock& block, Rows& rows) const {
-    rows.count = block.count;
-    for (int i = 0; i < block.num_runs; ++i) {
-      const Run& run = block.runs[i];
-      const T* k = base(k_, run);
-      const T* v = base(v_, run);
-      for (int j = 0; j < run.count; ++j) {
-        rows.k[run.begin + j] = k + j * k_.token_stride;
-        rows.v[run.begin + j] = v + j * v_.token_stride;
-      }
-    }
-  }
+  using typename RowFormat<T>::Rows;
+  using RowFormat<T>::RowFormat;
 
   // Makes a row of q what scores() takes (stream), or pack_k()'s product.
   void prepare_query(float* q, bool stream) const {
     if (stream) into_pairs<T>(q, head_dim_);
   }
-
-  // What to fetch of a located block for kv heads [begin, end): whole rows where the heads lie side by side. V is fetched
-  // by scores(), the next K by accumulate().
-  Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
-    return prefetch(rows.v, rows.count, v_, head_dim_v_, scratch, begin, end,
-                    (end - begin) * score_steps(rows.count, num_rows));
-  }
-  Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
-    return prefetch(rows.k, rows.count, k_, head_dim_, scratch, begin, end,
-                    (end - begin) * accumulate_steps(rows.count, num_rows));
-  }
+  // The order of memory again, of a stream.
+  void natural_query(float* q) const { out_of_pairs<T>(q, head_dim_); }
 
   // Steps of the prefetcher in scores() and accumulate() for num_rows rows of one head.
   int64_t score_steps(int keys, int num_rows) const {
@@ -195,38 +172,11 @@ class DensePages : public RowFormat<T> {
   // s[r][j] = q_r . k_j for `heads` kv heads from head `begin`, num_rows rows each (q and s: [heads * num_rows, ld]).
   // Keys outermost: NHD pools are then read in the order they lie.
   void scores(const Rows& rows, int begin, int heads, const float* q, int ldq, int num_rows, float* s,
-              Prefetcher& ahead) const {
-    for (int j = 0; j < rows.count; j += kKeyStep) {
-      const T* keys[kKeyStep];
-      // The last step repeats its last key: its scores land in the padding of s.
-      for (int e = 0; e < kKeyStep; ++e) keys[e] = rows.k[std::min(j + e, rows.count - 1)];
-      for (int h = 0; h < heads; ++h) {
-        const int64_t head = (begin + h) * k_.head_stride;
-        const float* qh = q + static_cast<int64_t>(h) * num_rows * ldq;
-        float* sh = s + static_cast<int64_t>(h) * num_rows * kBlockKeys + j;
-        int r = 0;
-        for (; r + 4 <= num_rows; r += 4) dot_rows<4>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys, ahead);
-        if (num_rows - r == 3) dot_rows<3>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys, ahead);
-        if (num_rows - r == 2) dot_rows<2>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys, ahead);
-        if (num_rows - r == 1) dot_rows<1>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys, ahead);
-      }
-    }
-  }
+              Prefetcher& ahead) const;
 
   // out[r] = out[r] * scale[r] + sum over keys of p[r][j] * v_j, for one kv head.
   void accumulate(const Rows& rows, int head, const float* p, const float* scale, int num_rows, float* out, int ldo,
-                  Prefetcher& ahead) const {
-    for (int r = 0; r < num_rows; r += 4) {
-      const float* pr = p + r * kBlockKeys;
-      float* o = out + r * ldo;
-      switch (std::min(4, num_rows - r)) {
-        case 1: accumulate_rows<1>(rows, head, pr, scale + r, o, ldo, ahead); break;
-        case 2: accumulate_rows<2>(rows, head, pr, scale + r, o, ldo, ahead); break;
-        case 3: accumulate_rows<3>(rows, head, pr, scale + r, o, ldo, ahead); break;
-        default: accumulate_rows<4>(rows, head, pr, scale + r, o, ldo, ahead); break;
-      }
-    }
-  }
+                  Prefetcher& ahead) const;
 
  private:
   static constexpr int kKeyStep = 8;
@@ -242,12 +192,10 @@ class DensePages : public RowFormat<T> {
                                : R == 1       ? 4
                                               : 2;
 
-  static const T* base(const PoolView& pool, const Run& run) {
-    return static_cast<const T*>(pool.data) + run.page * pool.page_stride + run.offset * pool.token_stride;
-  }
-
+  // Not inlined, where GCC would spill the sums.
   template <int R>
-  void dot_rows(const float* q, int ldq, const T* const* keys, int64_t head, float* s, Prefetcher& ahead) const {
+  [[gnu::noinline]] void dot_rows(const float* q, int ldq, const T* const* keys, int64_t head, float* s,
+                                  Prefetcher& ahead) const {
     for (int j = 0; j < kKeyStep; j += kKeys<R>) {
       dot_tile<T, R, kKeys<R>>(q, ldq, keys + j, head, head_dim_, s + j, kBlockKeys, ahead);
     }
@@ -266,7 +214,7 @@ class DensePages : public RowFormat<T> {
   template <int R>
   void accumulate_rows(const Rows& rows, int head, const float* p, const float* scale, float* out, int ldo,
                        Prefetcher& ahead) const {
-    const int64_t first = head * v_.head_stride;
+    const int64_t first = head * v_head_stride_;
     int c = 0;
     for (; c + kVecs<R> * W <= head_dim_v_; c += kVecs<R> * W) {
       accumulate_tile<T, R, kVecs<R>, Column::kPairs>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo,
@@ -276,9 +224,101 @@ class DensePages : public RowFormat<T> {
       accumulate_tile<T, R, 1, Column::kVector>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo,
                                                 ahead);
     }
-    if (c < head_dim_v_) {
-      accumulate_tile<T, R, 1, Column::kHalf>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo, ahead);
+    if constexpr (W > 8) {
+      if (c < head_dim_v_) {
+        accumulate_tile<T, R, 1, Column::kHalf>(p, kBlockKeys, scale, rows.v, first + c, rows.count, out + c, ldo,
+                                                ahead);
+      }
     }
+  }
+
+ protected:
+  using RowFormat<T>::k_head_stride_, RowFormat<T>::v_head_stride_, RowFormat<T>::head_dim_, RowFormat<T>::head_dim_v_;
+};
+
+template <class T>
+void DenseStream<T>::scores(const Rows& rows, int begin, int heads, const float* q, int ldq, int num_rows, float* s,
+                            Prefetcher& ahead) const {
+  for (int j = 0; j < rows.count; j += kKeyStep) {
+    const T* keys[kKeyStep];
+    // The last step repeats its last key: its scores land in the padding of s.
+    for (int e = 0; e < kKeyStep; ++e) keys[e] = rows.k[std::min(j + e, rows.count - 1)];
+    for (int h = 0; h < heads; ++h) {
+      const int64_t head = (begin + h) * k_head_stride_;
+      const float* qh = q + static_cast<int64_t>(h) * num_rows * ldq;
+      float* sh = s + static_cast<int64_t>(h) * num_rows * kBlockKeys + j;
+      for (int r = 0; r < num_rows; r += 4) {
+        with_rows(num_rows - r,
+                  [&](auto n) { dot_rows<n()>(qh + r * ldq, ldq, keys, head, sh + r * kBlockKeys, ahead); });
+      }
+    }
+  }
+}
+
+template <class T>
+void DenseStream<T>::accumulate(const Rows& rows, int head, const float* p, const float* scale, int num_rows,
+                                float* out, int ldo, Prefetcher& ahead) const {
+  for (int r = 0; r < num_rows; r += 4) {
+    with_rows(num_rows - r, [&](auto n) {
+      accumulate_rows<n()>(rows, head, p + r * kBlockKeys, scale + r, out + r * ldo, ldo, ahead);
+    });
+  }
+}
+
+// Compiled in paged_kernels.cc, for the formats of records too.
+extern template class DenseStream<float>;
+extern template class DenseStream<bf16>;
+extern template class DenseStream<f16>;
+
+template <class T>
+class DensePages : public DenseStream<T> {
+ public:
+  using typename DenseStream<T>::Rows;
+
+  // A format may keep rows in another basis: it then changes queries on their way in and outputs on their way out.
+  static void finish_output(const PagedProblem&, float*) {}
+
+  explicit DensePages(const PagedProblem& p)
+      : DenseStream<T>(p.k.head_stride, p.v.head_stride, p.head_dim, p.head_dim_v), k_(p.k), v_(p.v) {}
+
+  void locate(const KeyBlock& block, Rows& rows) const {
+    rows.count = block.count;
+    for (int i = 0; i < block.num_runs; ++i) {
+      const Run& run = block.runs[i];
+      const T* k = base(k_, run);
+      const T* v = base(v_, run);
+      for (int j = 0; j < run.count; ++j) {
+        rows.k[run.begin + j] = k + j * k_.token_stride;
+        rows.v[run.begin + j] = v + j * v_.token_stride;
+      }
+    }
+  }
+
+  // `count` keys of one page.
+  Rows rows(const void* k, const void* v, int count) const {
+    Rows rows;
+    rows.count = count;
+    for (int j = 0; j < count; ++j) {
+      rows.k[j] = static_cast<const T*>(k) + j * k_.token_stride;
+      rows.v[j] = static_cast<const T*>(v) + j * v_.token_stride;
+    }
+    return rows;
+  }
+
+  // What to fetch of a located block for kv heads [begin, end): whole rows where the heads lie side by side. V is fetched
+  // by scores(), the next K by accumulate().
+  Prefetcher prefetch_v(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
+    return prefetch(rows.v, rows.count, v_, this->head_dim_v_, scratch, begin, end,
+                    (end - begin) * this->score_steps(rows.count, num_rows));
+  }
+  Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int end, int num_rows) const {
+    return prefetch(rows.k, rows.count, k_, this->head_dim_, scratch, begin, end,
+                    (end - begin) * this->accumulate_steps(rows.count, num_rows));
+  }
+
+ private:
+  static const T* base(const PoolView& pool, const Run& run) {
+    return static_cast<const T*>(pool.data) + run.page * pool.page_stride + run.offset * pool.token_stride;
   }
 
   static Prefetcher prefetch(const T* const* rows, int count, const PoolView& pool, int head_dim, const void** scratch,
@@ -288,8 +328,6 @@ class DensePages : public RowFormat<T> {
     return Prefetcher::spread(scratch, count, span, steps);
   }
 
-  using RowFormat<T>::head_dim_;
-  using RowFormat<T>::head_dim_v_;
   PoolView k_, v_;
 };
 

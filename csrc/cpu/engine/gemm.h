@@ -54,8 +54,8 @@ inline void multiply_block(const float* a, int lda, const float* b, int ldb, int
 
 // s[r][0..panels * kPanelWidth) = A[r] . panel, over head_dim. Summed 16 products at a time: one long chain of adds would
 // lose more than a matrix library does (error of a score at head dim 128: 1.2e-6 rms, in pieces 5.6e-7).
-inline void multiply_scores(const float* a, int lda, int rows, const float* b, int panels, int head_dim, float* s,
-                            int lds) {
+[[gnu::noinline]] inline void multiply_scores(const float* a, int lda, int rows, const float* b, int panels,
+                                              int head_dim, float* s, int lds) {
   constexpr int kPiece = 16;
   for (int p = 0; p < panels; ++p) {
     const float* panel = b + int64_t{p} * head_dim * kPanelWidth;
@@ -71,8 +71,8 @@ inline void multiply_scores(const float* a, int lda, int rows, const float* b, i
 }
 
 // out[r] = out[r] * scale[r] + weights[r] . values, `keys` of them.
-inline void multiply_values(const float* weights, int rows, const float* values, int panels, int keys, float* out,
-                            int ldo, const float* scale) {
+[[gnu::noinline]] inline void multiply_values(const float* weights, int rows, const float* values, int panels, int keys,
+                                              float* out, int ldo, const float* scale) {
   for (int p = 0; p < panels; ++p) {
     for (int r = 0; r < rows; r += kBlockRows) {
       multiply_block<Into::kScaleAdd>(weights + r * kBlockKeys, kBlockKeys, values + p * kValuePanel, kPanelWidth, keys,

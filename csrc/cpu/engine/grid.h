@@ -144,7 +144,7 @@ class GridAttention {
     float* lse[kGridTileTokens];
     for_tokens<float>(p_.lse, tile_.tokens, [&](int t, float* at) { lse[t] = at + head * p_.lse.head_stride; });
     for_tokens<T>(p_.out, tile_.tokens, [&](int t, T* at) {
-      finish_row(rows_.out + (first + t) * rows_.ldo, state_[first + t], nullptr, p_.head_dim_v,
+      finish_row(rows_.out + (first + t) * rows_.ldo, state_[first + t], nullptr, p_.head_dim_v, p_.dtype,
                  at + head * p_.out.head_stride, lse[t]);
     });
   }

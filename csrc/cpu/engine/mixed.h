@@ -8,7 +8,7 @@
 #include <new>
 
 #include "cpu/engine/dense.h"
-#include "cpu/hadamard_rows.h"
+#include "cpu/rotation.h"
 
 namespace kvk::cpu::KVK_LEVEL {
 
@@ -21,7 +21,6 @@ struct Piece {
 };
 
 // Where the runs of a block lie.
-template <class T>
 inline void locate_pieces(const PagedProblem& p, const KeyBlock& block, Piece* pieces) {
   const RecordPools& pools = *p.records;
   for (int i = 0; i < block.num_runs; ++i) {
@@ -33,8 +32,8 @@ inline void locate_pieces(const PagedProblem& p, const KeyBlock& block, Piece* p
     piece.count = run.count;
     piece.dense = page.tag != 0;
     if (piece.dense) {
-      piece.k = static_cast<const T*>(p.k.data) + page.page * p.k.page_stride + run.offset * p.k.token_stride;
-      piece.v = static_cast<const T*>(p.v.data) + page.page * p.v.page_stride + run.offset * p.v.token_stride;
+      piece.k = element_at(p.k.data, page.page * p.k.page_stride + run.offset * p.k.token_stride, p.dtype);
+      piece.v = element_at(p.v.data, page.page * p.v.page_stride + run.offset * p.v.token_stride, p.dtype);
     } else {
       piece.k = pools.k + page.page * pools.k_page_stride;
       piece.v = pools.v + page.page * pools.v_page_stride;
@@ -42,10 +41,6 @@ inline void locate_pieces(const PagedProblem& p, const KeyBlock& block, Piece* p
   }
 }
 
-// Records has, for pieces that are not dense:
-//   unpack_k(piece, head, to, ld), unpack_v(...)  their rows as floats, rotated where the format rotates
-//   finite_record_v(piece, head)
-template <class T, class Records>
 class MixedPages {
  public:
   // The pieces of one block, in the order of its keys.
@@ -55,20 +50,29 @@ class MixedPages {
   };
 
   MixedPages(const PagedProblem& p, bool k_rotate, bool v_rotate)
-      : p_(p), pools_(*p.records), dense_(p), unpacked_(unpacked_problem(p)), k_rotate_(k_rotate), v_rotate_(v_rotate) {
-  }
+      : p_(p), pools_(*p.records), unpacked_(unpacked_problem(p)), k_rotate_(k_rotate), v_rotate_(v_rotate) {}
+  virtual ~MixedPages() = default;
+
+  // Of a piece that is not dense: its rows as floats, rotated where the format rotates, and whether its values are finite.
+  virtual void unpack_k(const Piece& piece, int head, float* to, int ld) const = 0;
+  virtual void unpack_v(const Piece& piece, int head, float* to, int ld) const = 0;
+  virtual bool finite_record_v(const Piece& piece, int head) const = 0;
 
   void locate(const KeyBlock& block, Rows& rows) const {
     rows.count = block.count;
     rows.num_pieces = block.num_runs;
-    locate_pieces<T>(p_, block, rows.pieces);
+    locate_pieces(p_, block, rows.pieces);
   }
 
   bool finite_v(const Rows& rows, int head) const {
     bool finite = true;
     for (int i = 0; i < rows.num_pieces && finite; ++i) {
       const Piece& piece = rows.pieces[i];
-      finite = piece.dense ? dense_.finite_v(dense_rows(piece), head) : records().finite_record_v(piece, head);
+      if (!piece.dense) {
+        finite = finite_record_v(piece, head);
+        continue;
+      }
+      with_dense(piece, [&](const auto& dense, const auto& keys) { finite = dense.finite_v(keys, head); });
     }
     if (!finite) unpack_block<Part::kV>(rows, head);  // for v_element
     return finite;
@@ -90,7 +94,7 @@ class MixedPages {
  protected:
   static void rotate(int dim, bool transpose, float* row) {
     alignas(64) float scratch[2 * padded(256)];
-    HadamardRow(dim, transpose).run(row, row, static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim))), scratch);
+    rotate_row(dim, transpose, row, scratch);
   }
 
   const uint8_t* k_record(const Piece& piece, int head) const {
@@ -132,36 +136,42 @@ class MixedPages {
     int64_t lines_ = 0;
   };
 
-  typename DensePages<T>::Rows dense_rows(const Piece& piece) const {
-    typename DensePages<T>::Rows rows;
-    rows.count = piece.count;
-    for (int j = 0; j < piece.count; ++j) {
-      rows.k[j] = static_cast<const T*>(piece.k) + j * p_.k.token_stride;
-      rows.v[j] = static_cast<const T*>(piece.v) + j * p_.v.token_stride;
-    }
-    return rows;
+  // f(the format of the dense pages, the rows of a piece of one).
+  template <class F>
+  void with_dense(const Piece& piece, F&& f) const {
+    with_dtype(p_.dtype, [&](auto element) {
+      const DensePages<decltype(element)> dense(p_);
+      f(dense, dense.rows(piece.k, piece.v, piece.count));
+    });
   }
 
-  // Scores of a dense piece by rows of q as prepare_query() of a format that only rotates leaves them.
-  void dense_scores(const Piece& piece, int head, const float* q, int ldq, int num_rows, float* s) const {
+  // Scores of a piece by rows of q as prepare_query() of a format that only rotates leaves them: of a dense one, or of a record that
+  // is unpacked first.
+  void piece_scores(const Piece& piece, int head, const float* q, int ldq, int num_rows, float* s) const {
     Prefetcher none(nullptr, 0, 64, 1);
     alignas(64) float raw[kMaxStreamRows * kBlockKeys];  // whole steps of keys are written
-    if (k_rotate_) {
+    if (k_rotate_ || !piece.dense) {
       const int ld = padded(p_.head_dim);
       unpack<Part::kK>(piece, head, buffer(), ld);
       unpacked_.scores(unpacked_rows(piece.count, ld), 0, 1, q, ldq, num_rows, raw, none);
     } else {
       alignas(64) float rows[kMaxStreamRows * padded(256)];
       std::copy_n(q, num_rows * ldq, rows);
-      for (int r = 0; r < num_rows; ++r) dense_.prepare_query(rows + r * ldq, true);
-      dense_.scores(dense_rows(piece), head, 1, rows, ldq, num_rows, raw, none);
+      with_dense(piece, [&](const auto& dense, const auto& keys) {
+        for (int r = 0; r < num_rows; ++r) dense.prepare_query(rows + r * ldq, true);
+        dense.scores(keys, head, 1, rows, ldq, num_rows, raw, none);
+      });
     }
     for (int r = 0; r < num_rows; ++r) std::copy_n(raw + r * kBlockKeys, piece.count, s + r * kBlockKeys);
   }
 
-  void dense_accumulate(const Piece& piece, int head, const float* p, const float* scale, int num_rows, float* out,
+  void piece_accumulate(const Piece& piece, int head, const float* p, const float* scale, int num_rows, float* out,
                         int ldo, Prefetcher& ahead) const {
-    if (!v_rotate_) return dense_.accumulate(dense_rows(piece), head, p, scale, num_rows, out, ldo, ahead);
+    if (piece.dense && !v_rotate_) {
+      return with_dense(piece, [&](const auto& dense, const auto& keys) {
+        dense.accumulate(keys, head, p, scale, num_rows, out, ldo, ahead);
+      });
+    }
     const int ld = padded(p_.head_dim_v);
     unpack<Part::kV>(piece, head, buffer(), ld);
     unpacked_.accumulate(unpacked_rows(piece.count, ld), 0, p, scale, num_rows, out, ldo, ahead);
@@ -169,8 +179,6 @@ class MixedPages {
 
  private:
   enum class Part { kK, kV };
-
-  const Records& records() const { return static_cast<const Records&>(*this); }
 
   // Rows of the buffer as dense fp32 keys of one head.
   static PagedProblem unpacked_problem(const PagedProblem& p) {
@@ -201,16 +209,13 @@ class MixedPages {
   template <Part kPart>
   void unpack(const Piece& piece, int head, float* to, int ld) const {
     constexpr bool kIsK = kPart == Part::kK;
-    if (!piece.dense) return kIsK ? records().unpack_k(piece, head, to, ld) : records().unpack_v(piece, head, to, ld);
+    if (!piece.dense) return kIsK ? unpack_k(piece, head, to, ld) : unpack_v(piece, head, to, ld);
     const int dim = kIsK ? p_.head_dim : p_.head_dim_v;
     const PoolView& pool = kIsK ? p_.k : p_.v;
-    const T* from = static_cast<const T*>(kIsK ? piece.k : piece.v) + head * pool.head_stride;
-    for (int j = 0; j < piece.count; ++j, from += pool.token_stride) {
-      float* row = to + j * ld;
-      int d = 0;
-      for (; d + W <= dim; d += W) store(load(from + d), row + d);
-      if (d < dim) store(load_half(from + d), row + d);
-      if (kIsK ? k_rotate_ : v_rotate_) rotate(dim, false, row);
+    const char* from = element_at(kIsK ? piece.k : piece.v, head * pool.head_stride, p_.dtype);
+    for (int j = 0; j < piece.count; ++j) {
+      unpack_row(element_at(from, j * pool.token_stride, p_.dtype), p_.dtype, dim, to + j * ld);
+      if (kIsK ? k_rotate_ : v_rotate_) rotate(dim, false, to + j * ld);
     }
   }
 
@@ -232,7 +237,6 @@ class MixedPages {
  protected:
   const PagedProblem& p_;
   const RecordPools& pools_;
-  DensePages<T> dense_;
   DensePages<float> unpacked_;
   bool k_rotate_, v_rotate_;
 

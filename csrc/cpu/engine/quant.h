@@ -11,27 +11,22 @@
 
 #include "cpu/engine/mixed.h"
 #include "cpu/engine/quant_products.h"
-#include "cpu/engine/quant_record.h"
+#include "cpu/engine/quant_scores.h"
 
 namespace kvk::cpu::KVK_LEVEL {
 
-template <class T>
-class QuantPages : public MixedPages<T, QuantPages<T>> {
-  using Mixed = MixedPages<T, QuantPages<T>>;
-  using Mixed::p_, Mixed::pools_, Mixed::k_rotate_;
-
+class QuantPages : public MixedPages {
  public:
-  using typename Mixed::Rows;
-
   explicit QuantPages(const PagedProblem& p)
-      : Mixed(p, p.quant->format.k.rotate != 0, p.quant->format.v.rotate != 0), format_(p.quant->format),
-        k_layout_(format_.k_layout()), v_layout_(format_.v_layout()) {}
+      : MixedPages(p, p.quant->format.k.rotate != 0, p.quant->format.v.rotate != 0), format_(p.quant->format),
+        k_layout_(format_.k_layout()), v_layout_(format_.v_layout()), integers_(integer_sums(p.dtype)),
+        k_unpacked_(!whole_vectors(format_.k)), v_unpacked_(!whole_vectors(format_.v)) {}
 
   void prepare_query(float* q, bool) const {
-    if (k_rotate_) Mixed::rotate(p_.head_dim, false, q);
+    if (k_rotate_) rotate(p_.head_dim, false, q);
   }
   static void finish_output(const PagedProblem& p, float* acc) {
-    if (p.quant->format.v.rotate) Mixed::rotate(p.head_dim_v, true, acc);
+    if (p.quant->format.v.rotate) rotate(p.head_dim_v, true, acc);
   }
 
   // The next block's records, while the present ones are multiplied. Steps: scores() makes one for 8 keys of a head, the
@@ -40,7 +35,7 @@ class QuantPages : public MixedPages<T, QuantPages<T>> {
     return prefetch(rows, scratch, begin, end, &Piece::v, pools_.v_head_stride, v_layout_, kBlockKeys / 8);
   }
   Prefetcher prefetch_k(const Rows& rows, const void** scratch, int begin, int end, int) const {
-    const int columns = kIntegerDots<T> ? static_cast<int>(v_layout_.row_bytes) / kSumBytes : p_.head_dim_v / (4 * W);
+    const int columns = integers_ ? static_cast<int>(v_layout_.row_bytes) / kSumBytes : p_.head_dim_v / (4 * W);
     return prefetch(rows, scratch, begin, end, &Piece::k, pools_.k_head_stride, k_layout_, std::max(1, columns));
   }
 
@@ -51,13 +46,10 @@ class QuantPages : public MixedPages<T, QuantPages<T>> {
         const Piece& piece = rows.pieces[i];
         float* to = s + static_cast<int64_t>(h) * num_rows * kBlockKeys + piece.begin;
         const float* qh = q + static_cast<int64_t>(h) * num_rows * ldq;
-        if (piece.dense) {
-          Mixed::dense_scores(piece, begin + h, qh, ldq, num_rows, to);
+        if (piece.dense || k_unpacked_) {
+          piece_scores(piece, begin + h, qh, ldq, num_rows, to);
         } else {
-          const Record record = k_part(piece, begin + h);
-          with_bits(record.part.bits, [&](auto bits) {
-            quant_scores<bits()>(record, piece.offset, piece.count, qh, ldq, num_rows, to, ahead);
-          });
+          quant_scores(k_part(piece, begin + h), piece.offset, piece.count, qh, ldq, num_rows, to, ahead);
         }
       }
       // Whole vectors of the padding are read.
@@ -75,40 +67,40 @@ class QuantPages : public MixedPages<T, QuantPages<T>> {
     for (int i = 0; i < rows.num_pieces; ++i) {
       const Piece& piece = rows.pieces[i];
       const float* factor = i == 0 ? scale : ones;
-      if (piece.dense) {
-        Mixed::dense_accumulate(piece, head, p + piece.begin, factor, num_rows, out, ldo, ahead);
+      if (piece.dense || v_unpacked_) {
+        piece_accumulate(piece, head, p + piece.begin, factor, num_rows, out, ldo, ahead);
       } else {
-        const Record record = v_part(piece, head);
-        with_bits(record.part.bits, [&](auto bits) {
-          quant_accumulate<bits(), kIntegerDots<T>>(record, piece.offset, piece.count, p + piece.begin, factor,
-                                                    num_rows, out, ldo, ahead);
-        });
+        const WeightedRows weighted = {p + piece.begin, factor, num_rows, out, ldo};
+        quant_accumulate(v_part(piece, head), piece.offset, piece.count, weighted, integers_, ahead);
       }
     }
   }
 
-  bool finite_record_v(const Piece& piece, int head) const {
+  bool finite_record_v(const Piece& piece, int head) const override {
     return quant_finite(v_part(piece, head), piece.offset, piece.count);
   }
-  void unpack_k(const Piece& piece, int head, float* to, int ld) const { unpack(k_part(piece, head), piece, to, ld); }
-  void unpack_v(const Piece& piece, int head, float* to, int ld) const { unpack(v_part(piece, head), piece, to, ld); }
+  void unpack_k(const Piece& piece, int head, float* to, int ld) const override {
+    quant_unpack(k_part(piece, head), piece.offset, piece.count, to, ld);
+  }
+  void unpack_v(const Piece& piece, int head, float* to, int ld) const override {
+    quant_unpack(v_part(piece, head), piece.offset, piece.count, to, ld);
+  }
 
  private:
   Record k_part(const Piece& piece, int head) const {
-    return Record(format_.k, k_layout_, p_.head_dim, Mixed::k_record(piece, head));
+    return Record(format_.k, k_layout_, p_.head_dim, k_record(piece, head));
   }
   Record v_part(const Piece& piece, int head) const {
-    return Record(format_.v, v_layout_, p_.head_dim_v, Mixed::v_record(piece, head));
+    return Record(format_.v, v_layout_, p_.head_dim_v, v_record(piece, head));
   }
 
-  static void unpack(const Record& record, const Piece& piece, float* to, int ld) {
-    with_bits(record.part.bits, [&](auto bits) { quant_unpack<bits()>(record, piece.offset, piece.count, to, ld); });
-  }
+  // Whether no vector spans two groups; else (groups of 24 channels, say, in vectors of 16) records are unpacked first.
+  static bool whole_vectors(const QuantPart& part) { return part.along_tokens || part.group % W == 0; }
 
   // Codes, scales and minima of the records of a block, of kv heads [begin, end); `steps` for each of them.
   Prefetcher prefetch(const Rows& rows, const void** scratch, int begin, int end, const void* Piece::* part,
                       int64_t head_stride, const QuantLayout& layout, int steps) const {
-    typename Mixed::Regions regions;
+    Regions regions;
     for (int i = 0; i < rows.num_pieces && rows.count > 0; ++i) {
       const Piece& piece = rows.pieces[i];
       if (piece.dense) continue;
@@ -127,6 +119,7 @@ class QuantPages : public MixedPages<T, QuantPages<T>> {
 
   const QuantFormat& format_;
   QuantLayout k_layout_, v_layout_;
+  bool integers_, k_unpacked_, v_unpacked_;
 };
 
 }  // namespace kvk::cpu::KVK_LEVEL

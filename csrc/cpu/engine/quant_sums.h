@@ -1,86 +1,65 @@
-// Weighted sums of the values of a run of tokens of one quantized record.
+// Weighted sums of the values of a run of tokens of one quantized record, by floats.
 #pragma once
 
 #include "cpu/engine/quant_record.h"
 
 namespace kvk::cpu::KVK_LEVEL {
 
-// Sums over tokens of p[e][r * ldp + t * step] * level for kVecs vectors of columns from `first`; put(r, column, sum) takes them. kTokens
-// tokens go to accumulators of their own: eight chains hide the latency of the multiply-add.
-template <int kBits, int kRows, int kVecs, int kTokens, bool kHalf, class Put>
-inline void code_sums(const float* const (&p)[kVecs], int ldp, int step, const Record& record, int token, int count,
-                      int first, Put&& put) {
-  V acc[kTokens][kRows][kVecs];
-#pragma GCC unroll 16
-  for (int i = 0; i < kTokens * kRows * kVecs; ++i) acc[i / (kRows * kVecs)][i / kVecs % kRows][i % kVecs] = 0.0f;
-  const auto add = [&](const uint8_t* row, int t, V(&to)[kRows][kVecs]) __attribute__((always_inline)) {
-    V v[kVecs];
-#pragma GCC unroll 16
-    for (int e = 0; e < kVecs; ++e) {
-      v[e] = kHalf ? load_levels_half<kBits>(row, first) : load_levels<kBits>(row, first + e * W);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-      for (int e = 0; e < kVecs; ++e) to[r][e] += V(p[e][r * ldp + t * step]) * v[e];
-    }
-  };
-  const uint8_t* row = record.row(token);
-  int t = 0;
-  for (; t + kTokens <= count; t += kTokens, row += kTokens * record.row_bytes) {
+// sums[r * kMaxDim + c] = sum over tokens t of p[r * ldp + t * step + c / group] * level of column c, for all columns; no vector
+// spans two groups. Eight chains hide the latency of the multiply-add; the last tile begins where it fits.
+template <int kBits, int kRows>
+[[gnu::noinline]] void code_sums(const Codes& codes, int count, int dim, const float* p, int ldp, int step, int group,
+                                 float* sums, Prefetcher& ahead) {
+  constexpr int kVecs = W < 16 && kRows <= 2 ? 4 : 2, kColumns = kVecs * W;
+  constexpr int kTokens = kRows * kVecs <= 4 ? 2 : 1;
+  static_assert(kColumns <= 32);  // the least head dim
+  for (int c = 0; c < dim; c += kColumns) {
+    const int first = std::min(c, dim - kColumns);
+    ahead.step();
+    const float* weights[kVecs];
 #pragma GCC unroll 4
-    for (int i = 0; i < kTokens; ++i) add(row + i * record.row_bytes, t + i, acc[i]);
-  }
-  for (; t < count; ++t, row += record.row_bytes) add(row, t, acc[0]);
+    for (int e = 0; e < kVecs; ++e) weights[e] = p + (first + e * W) / group;
+    V acc[kTokens][kRows][kVecs];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-    for (int e = 0; e < kVecs; ++e) {
-      V sum = acc[0][r][e];
+    for (int i = 0; i < kTokens * kRows * kVecs; ++i) acc[i / (kRows * kVecs)][i / kVecs % kRows][i % kVecs] = 0.0f;
+    const auto add = [&](const uint8_t* row, int t, V(&to)[kRows][kVecs]) __attribute__((always_inline)) {
+      V v[kVecs];
 #pragma GCC unroll 4
-      for (int i = 1; i < kTokens; ++i) sum += acc[i][r][e];
-      put(r, first + e * W, sum);
+      for (int e = 0; e < kVecs; ++e) v[e] = load_levels<kBits>(row, first + e * W);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int e = 0; e < kVecs; ++e) to[r][e] += V(weights[e][r * ldp + t * step]) * v[e];
+      }
+    };
+    const uint8_t* row = codes.first;
+    int t = 0;
+    for (; t + kTokens <= count; t += kTokens) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kTokens; ++i, row += codes.row_bytes) add(row, t + i, acc[i]);
+    }
+    if (t < count) add(row, t, acc[0]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows * kVecs; ++i) {
+      V sum = acc[0][i / kVecs][i % kVecs];
+      if constexpr (kTokens == 2) sum += acc[1][i / kVecs][i % kVecs];
+      store(sum, sums + i / kVecs * kMaxDim + first + i % kVecs * W);
     }
   }
 }
 
-// The same over columns [begin, end), a multiple of 8 of them; weights(column) gives p.
-template <int kBits, int kRows, class Weights, class Put>
-inline void code_sums_columns(Weights&& weights, int ldp, int step, const Record& record, int token, int count,
-                              int begin, int end, Prefetcher& ahead, Put&& put) {
-  constexpr int kVecs = kManyRegisters || kRows <= 2 ? 4 : 2;
-  constexpr int kTokens = kRows == 1 ? 2 : 1;
-  int c = begin;
-  for (; c + kVecs * W <= end; c += kVecs * W) {
-    ahead.step();
-    const float* p[kVecs];
-    for (int e = 0; e < kVecs; ++e) p[e] = weights(c + e * W);
-    code_sums<kBits, kRows, kVecs, kTokens, false>(p, ldp, step, record, token, count, c, put);
-  }
-  for (; c < end; c += W) {
-    ahead.step();
-    const float* const p[1] = {weights(c)};
-    if (c + W <= end) {
-      code_sums<kBits, kRows, 1, 4, false>(p, ldp, step, record, token, count, c, put);
-    } else {
-      code_sums<kBits, kRows, 1, 1, true>(p, ldp, step, record, token, count, c, put);
-    }
-  }
-}
-
-// out[0 .. min(W, left)) = f(out): the columns behind belong to another group.
+// out[c] = f(out[c], c) for `dim` columns, in vectors.
 template <class F>
-inline void update(float* out, int left, F&& f) {
-  if (left >= W) {
-    store(f(load(out)), out);
-  } else {
-    store_partial(f(load_partial(out, left)), out, left);
+inline void update_columns(float* out, int dim, F&& f) {
+  int c = 0;
+  for (; c + W <= dim; c += W) store(f(load(out + c), c), out + c);
+  if constexpr (W > 8) {
+    if (c < dim) store_partial(f(load_partial(out + c, dim - c), c), out + c, dim - c);
   }
 }
 
 // Weights p[t] * scale for every group of channels of every token, [t][per_row] like the scales; bias[g] = sum of p[t] * min, with
 // min centred. scale and min: [count][per_row].
-template <int kBits>
 inline void scale_weights(const float* p, const float* scale, const float* min, int count, int per_row, float* scaled,
                           float* bias) {
   alignas(64) float repeated[kBlockKeys * kMaxGroups + kMaxGroups];
@@ -107,53 +86,80 @@ inline void scale_weights(const float* p, const float* scale, const float* min, 
   }
 }
 
-template <int kBits, int kRows>
-inline void accumulate_along_channels(const Record& record, int offset, int count, const float* p, const float* factor,
-                                      float* out, int ldo, Prefetcher& ahead) {
-  alignas(64) float scale[kBlockKeys * kMaxGroups], min[kBlockKeys * kMaxGroups];
-  alignas(64) float scaled[kRows * kBlockKeys * kMaxGroups];
-  float bias[kRows][kMaxGroups];
+// A run of tokens' weights for up to four query rows, p[r * kBlockKeys + t], and where their sums go:
+// out[r] = out[r] * factor[r] + sum over t of p[r][t] * v_t.
+struct WeightedRows {
+  const float* p;
+  const float* factor;
+  int num_rows;
+  float* out;
+  int ldo;
+
+  WeightedRows part(int first, int rows) const {
+    return {p + first * kBlockKeys, factor + first, rows, out + first * ldo, ldo};
+  }
+};
+
+// V per token: the scale of each token and group enters the weights. Groups are of whole vectors.
+inline void accumulate_along_channels(const Record& record, const Codes& codes, int offset, int count,
+                                      const WeightedRows& rows, Prefetcher& ahead) {
+  constexpr int ld = kBlockKeys * kMaxGroups;
+  alignas(64) float scale[ld], min[ld], scaled[4 * ld], sums[4 * kMaxDim];
+  float bias[4][kMaxGroups];
   const int per_row = record.groups_per_row(), group = record.part.group;
   widen(record.scale + int64_t{offset} * per_row, count * per_row, scale);
   widen(record.min + int64_t{offset} * per_row, count * per_row, min);
-  centre<kBits>(scale, count * per_row, min);
-  constexpr int ld = kBlockKeys * kMaxGroups;
-  for (int r = 0; r < kRows; ++r) {
-    scale_weights<kBits>(p + r * kBlockKeys, scale, min, count, per_row, scaled + r * ld, bias[r]);
+  centre(record.part.bits, scale, count * per_row, min);
+  for (int r = 0; r < rows.num_rows; ++r) {
+    scale_weights(rows.p + r * kBlockKeys, scale, min, count, per_row, scaled + r * ld, bias[r]);
   }
-  const auto sums = [&](int begin, int end) {
-    code_sums_columns<kBits, kRows>(
-        [&](int c) { return scaled + c / group; }, ld, per_row, record, offset, count, begin, end, ahead,
-        [&](int r, int c, V sum) {
-          update(out + r * ldo + c, end - c, [&](V x) { return x * factor[r] + (sum + bias[r][c / group]); });
-        });
-  };
-  if (group % W == 0) return sums(0, record.dim);
-  for (int g = 0; g < per_row; ++g) sums(g * group, (g + 1) * group);  // no vector spans two groups
+  with_code_bits(codes.bits, [&](auto bits) {
+    with_rows(rows.num_rows, [&](auto n) {
+      code_sums<bits(), n()>(codes, count, record.dim, scaled, ld, per_row, group, sums, ahead);
+    });
+  });
+  for (int r = 0; r < rows.num_rows; ++r) {
+    for (int g = 0; g < per_row; ++g) {
+      const float* sum = sums + r * kMaxDim + g * group;
+      update_columns(rows.out + r * rows.ldo + g * group, group,
+                     [&](V before, int c) { return before * rows.factor[r] + (load(sum + c) + bias[r][g]); });
+    }
+  }
 }
 
-template <int kBits, int kRows>
-inline void accumulate_along_tokens(const Record& record, int offset, int count, const float* p, const float* factor,
-                                    float* out, int ldo, Prefetcher& ahead) {
-  alignas(64) float scale[kMaxDim + W], min[kMaxDim + W];
-  each_token_group(record, offset, count, [&](int done, int n) {
-    const int64_t at = int64_t{(offset + done) / record.part.group} * record.dim;
+// V per channel: scale and min enter the finished sums of a group of tokens.
+inline void accumulate_along_tokens(const Record& record, const Codes& codes, int offset, int count,
+                                    const WeightedRows& rows, Prefetcher& ahead) {
+  alignas(64) float scale[kMaxDim + W], min[kMaxDim + W], sums[4 * kMaxDim + W];
+  each_token_group(record, offset, count, [&](int begin, int n) {
+    const int64_t at = int64_t{(offset + begin) / record.part.group} * record.dim;
     widen(record.scale + at, record.dim, scale);
     widen(record.min + at, record.dim, min);
-    centre<kBits>(scale, record.dim, min);
-    float weights[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      weights[r] = 0.0f;
-      for (int t = 0; t < n; ++t) weights[r] += p[r * kBlockKeys + done + t];
+    centre(record.part.bits, scale, record.dim, min);
+    const Codes group = {codes.bits, codes.row(begin), codes.row_bytes};
+    with_code_bits(codes.bits, [&](auto bits) {
+      with_rows(rows.num_rows, [&](auto num_rows) {
+        code_sums<bits(), num_rows()>(group, n, record.dim, rows.p + begin, kBlockKeys, 1, record.dim, sums, ahead);
+      });
+    });
+    for (int r = 0; r < rows.num_rows; ++r) {
+      float weight = 0.0f;
+      for (int t = begin; t < begin + n; ++t) weight += rows.p[r * kBlockKeys + t];
+      const float keep = begin == 0 ? rows.factor[r] : 1.0f;
+      const float* sum = sums + r * kMaxDim;
+      update_columns(rows.out + r * rows.ldo, record.dim, [&](V before, int c) {
+        return before * keep + (load(sum + c) * load(scale + c) + load(min + c) * weight);
+      });
     }
-    code_sums_columns<kBits, kRows>(
-        [&](int) { return p + done; }, kBlockKeys, 1, record, offset + done, n, 0, record.dim, ahead,
-        [&](int r, int c, V sum) {
-          const float keep = done == 0 ? factor[r] : 1.0f;
-          update(out + r * ldo + c, record.dim - c,
-                 [&](V x) { return x * keep + (sum * load(scale + c) + load(min + c) * weights[r]); });
-        });
   });
+}
+
+inline void accumulate_floats(const Record& record, int offset, int count, const WeightedRows& rows,
+                              Prefetcher& ahead) {
+  alignas(64) uint8_t tile[kCodesTile];
+  const Codes codes = codes_of(record, offset, count, Raise::kMiddle, tile);
+  record.part.along_tokens ? accumulate_along_tokens(record, codes, offset, count, rows, ahead)
+                           : accumulate_along_channels(record, codes, offset, count, rows, ahead);
 }
 
 }  // namespace kvk::cpu::KVK_LEVEL

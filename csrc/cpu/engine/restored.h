@@ -13,7 +13,6 @@
 
 namespace kvk::cpu::KVK_LEVEL {
 
-template <class T>
 class RestoredPages {
  public:
   struct Rows {
@@ -32,7 +31,7 @@ class RestoredPages {
   static void finish_output(const PagedProblem&, float*) {}
 
   void locate(const KeyBlock& block, Rows& rows) const {
-    locate_pieces<T>(p_, block, rows.pieces);
+    locate_pieces(p_, block, rows.pieces);
     rows.num_pieces = block.num_runs;
     rows.count = block.count;
     rows.first = block.first;
@@ -129,13 +128,14 @@ class RestoredPages {
         float* to = side.row(h) + piece.begin * side.ld;
         const int head = group * side.heads + h;
         if (piece.dense) {
-          const T* from = static_cast<const T*>(piece.*data) + head * dense.head_stride;
-          for (int j = 0; j < piece.count; ++j) unpack_row(from + j * dense.token_stride, side.dim, to + j * side.ld);
+          for (int j = 0; j < piece.count; ++j) {
+            const int64_t from = head * dense.head_stride + j * dense.token_stride;
+            unpack_row(element_at(piece.*data, from, p_.dtype), p_.dtype, side.dim, to + j * side.ld);
+          }
         } else {
           const Record record(side.part, side.layout, side.dim,
                               static_cast<const uint8_t*>(piece.*data) + head * side.head_stride);
-          with_bits(record.part.bits,
-                    [&](auto bits) { quant_unpack<bits()>(record, piece.offset, piece.count, to, side.ld); });
+          quant_unpack(record, piece.offset, piece.count, to, side.ld);
         }
       }
       for (int j = piece.begin; !piece.dense && j < piece.begin + piece.count; ++j) {

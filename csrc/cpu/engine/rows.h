@@ -9,12 +9,37 @@
 
 namespace kvk::cpu::KVK_LEVEL {
 
+// f(min(4, rows)) as a constant: kernels of one to four query rows.
+template <class F>
+inline void with_rows(int rows, F&& f) {
+  switch (rows) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    default: return f(std::integral_constant<int, 4>());
+  }
+}
+
 // A row of a head dim into fp32.
 template <class T>
 inline void unpack_row(const T* from, int dim, float* to) {
   int d = 0;
   for (; d + W <= dim; d += W) store(load(from + d), to + d);
-  if (d < dim) store(load_half(from + d), to + d);
+  if constexpr (W > 8) {
+    if (d < dim) store(load_half(from + d), to + d);
+  }
+}
+
+inline void unpack_row(const void* from, DType dtype, int dim, float* to) {
+  with_dtype(dtype, [&](auto element) { unpack_row(static_cast<const decltype(element)*>(from), dim, to); });
+}
+
+// Element `index` of an array of a dtype known at run time.
+inline char* element_at(void* data, int64_t index, DType dtype) {
+  return static_cast<char*>(data) + index * element_size(dtype);
+}
+inline const char* element_at(const void* data, int64_t index, DType dtype) {
+  return static_cast<const char*>(data) + index * element_size(dtype);
 }
 
 // Columns of B are rows of memory: panel[j / kPanelWidth][d][j % kPanelWidth] = rows[j][first + d]. Columns past the last
@@ -43,9 +68,11 @@ inline void pack_rows(const T* const* rows, int count, int64_t first, int dim, f
     float* to = panels + j * kPanelWidth;
     int c = 0;
     for (; c + W <= dim; c += W) store(load(row + c), to + offset(c));
-    if (c < dim) {
-      store(load_half(row + c), to + offset(c));
-      c += W;
+    if constexpr (W > 8) {
+      if (c < dim) {
+        store(load_half(row + c), to + offset(c));
+        c += W;
+      }
     }
     if (c % kPanelWidth != 0) store(V(0.0f), to + offset(c));
   }
@@ -59,7 +86,9 @@ inline bool finite_rows(const T* const* rows, int count, int64_t first, int dim)
     const T* row = rows[j] + first;
     int d = 0;
     for (; d + W <= dim; d += W) nan += load(row + d) * 0.0f;
-    if (d < dim) nan += load_half(row + d) * 0.0f;
+    if constexpr (W > 8) {
+      if (d < dim) nan += load_half(row + d) * 0.0f;
+    }
   }
   return stdx::all_of(nan == 0.0f);
 }

@@ -81,10 +81,10 @@ inline int softmax_rows(float* s, int rows, int vectors, float factor, SoftmaxRo
 }
 
 // The end of a row: joins the sink, divides, writes out and lse. A row that saw no key: 0 and -inf.
-template <class T>
-inline void finish_row(const float* acc, SoftmaxRow row, const float* sink, int head_dim, T* out, float* lse) {
+inline void finish_row(const float* acc, SoftmaxRow row, const float* sink, int head_dim, DType dtype, void* out,
+                       float* lse) {
   if (row.max == -kInf) {
-    for (int d = 0; d < head_dim; ++d) from_float(0.0f, out[d]);
+    std::memset(out, 0, static_cast<size_t>(head_dim * element_size(dtype)));
     *lse = -kInf;
     return;
   }
@@ -97,9 +97,14 @@ inline void finish_row(const float* acc, SoftmaxRow row, const float* sink, int 
   }
   *lse = row.max + std::log(row.sum);
   factor /= row.sum;
-  int d = 0;
-  for (; d + W <= head_dim; d += W) store(load(acc + d) * factor, out + d);
-  if (d < head_dim) store_partial(load(acc + d) * factor, out + d, head_dim - d);
+  with_dtype(dtype, [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(out);
+    int d = 0;
+    for (; d + W <= head_dim; d += W) store(load(acc + d) * factor, to + d);
+    if constexpr (W > 8) {
+      if (d < head_dim) store_partial(load(acc + d) * factor, to + d, head_dim - d);
+    }
+  });
 }
 
 }  // namespace kvk::cpu::KVK_LEVEL

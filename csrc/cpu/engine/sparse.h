@@ -15,27 +15,20 @@
 
 namespace kvk::cpu::KVK_LEVEL {
 
-// T: of q and of the dense pages; Value: of the records.
-template <class T, class Value>
-class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
-  using Mixed = MixedPages<T, BitmapPages<T, Value>>;
-  using Mixed::p_, Mixed::pools_, Mixed::k_rotate_, Mixed::v_rotate_;
-
+class BitmapPages : public MixedPages {
  public:
-  using typename Mixed::Rows;
-
   explicit BitmapPages(const PagedProblem& p)
-      : Mixed(p, p.bitmap->format.k.rotate != 0, p.bitmap->format.v.rotate != 0), values_(apart_problem(p)),
-        k_layout_(p.bitmap->format.k_layout()), v_layout_(p.bitmap->format.v_layout()),
-        k_straight_(straight(p, p.bitmap->format.k, p.head_dim)),
+      : MixedPages(p, p.bitmap->format.k.rotate != 0, p.bitmap->format.v.rotate != 0),
+        value_dtype_(p.bitmap->format.dtype), apart_problem_(apart_problem(p)), k_layout_(p.bitmap->format.k_layout()),
+        v_layout_(p.bitmap->format.v_layout()), k_straight_(straight(p, p.bitmap->format.k, p.head_dim)),
         v_straight_(straight(p, p.bitmap->format.v, p.head_dim_v)) {}
 
   void prepare_query(float* q, bool stream) const {
-    if (k_rotate_) Mixed::rotate(p_.head_dim, false, q);
-    if (!k_straight_) values_.prepare_query(q, stream);
+    if (k_rotate_) rotate(p_.head_dim, false, q);
+    if (!k_straight_) with_values([&](const auto& values) { values.prepare_query(q, stream); });
   }
   static void finish_output(const PagedProblem& p, float* acc) {
-    if (p.bitmap->format.v.rotate) Mixed::rotate(p.head_dim_v, true, acc);
+    if (p.bitmap->format.v.rotate) rotate(p.head_dim_v, true, acc);
   }
 
   // A line of the records ahead at a time, all through the work on the present block.
@@ -70,7 +63,7 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
                   Prefetcher& ahead) const {
     alignas(64) float ones[kMaxStreamRows];
     std::fill(ones, ones + num_rows, 1.0f);
-    ValueRows run;
+    Run run;
     for (int i = 0; i < rows.num_pieces; i = run.end) {
       const Piece& piece = rows.pieces[i];
       const float* factor = i == 0 ? scale : ones;
@@ -78,40 +71,47 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
         run.end = i + 1;
         straight_accumulate(piece, head, p + piece.begin, factor, num_rows, out, ldo, ahead);
       } else if (take_run(rows, i, v_rotate_ || v_straight_, run)) {
-        locate_run<&Piece::v>(rows, run, head, ahead);
-        values_.accumulate(run.rows, 0, p + piece.begin, factor, num_rows, out, ldo, ahead);
+        with_values([&](const auto& values) {
+          values.accumulate(locate_run<&Piece::v>(values, rows, run, head, ahead), 0, p + piece.begin, factor, num_rows,
+                            out, ldo, ahead);
+        });
       } else {
-        Mixed::dense_accumulate(piece, head, p + piece.begin, factor, num_rows, out, ldo, ahead);
+        piece_accumulate(piece, head, p + piece.begin, factor, num_rows, out, ldo, ahead);
       }
     }
   }
 
-  bool finite_record_v(const Piece& piece, int head) const {
-    constexpr uint16_t kExponent = std::is_same_v<Value, bf16> ? 0x7f80 : 0x7c00;
-    const uint8_t* row = Mixed::v_record(piece, head) + piece.offset * v_layout_.value_row_bytes;
-    const auto* values = reinterpret_cast<const Value*>(row);
+  bool finite_record_v(const Piece& piece, int head) const override {
+    const uint16_t exponent = value_dtype_ == DType::bf16 ? 0x7f80 : 0x7c00;
+    const uint8_t* row = v_record(piece, head) + piece.offset * v_layout_.value_row_bytes;
+    const auto* values = reinterpret_cast<const uint16_t*>(row);
     bool finite = true;
     for (int64_t i = 0; i < piece.count * v_layout_.value_row_bytes / 2; ++i) {
-      finite &= (values[i].bits & kExponent) != kExponent;
+      finite &= (values[i] & exponent) != exponent;
     }
     return finite;
   }
 
-  void unpack_k(const Piece& piece, int head, float* to, int ld) const {
-    unpack(piece, Mixed::k_record(piece, head), k_layout_, p_.head_dim, to, ld);
+  void unpack_k(const Piece& piece, int head, float* to, int ld) const override {
+    unpack(piece, k_record(piece, head), k_layout_, p_.head_dim, to, ld);
   }
-  void unpack_v(const Piece& piece, int head, float* to, int ld) const {
-    unpack(piece, Mixed::v_record(piece, head), v_layout_, p_.head_dim_v, to, ld);
+  void unpack_v(const Piece& piece, int head, float* to, int ld) const override {
+    unpack(piece, v_record(piece, head), v_layout_, p_.head_dim_v, to, ld);
   }
 
  private:
   static constexpr int kExpandStep = 4;  // rows put apart between fetches
 
   // Pieces [begin, end) whose rows are values: of records, and of dense pages of the same dtype in the same basis.
-  struct ValueRows {
+  struct Run {
     int begin, end;
-    typename DensePages<Value>::Rows rows;
   };
+
+  // f(the dense format of the records' dtype, over rows with their head counted in).
+  template <class F>
+  void with_values(F&& f) const {
+    with_value(value_dtype_, [&](auto value) { f(DensePages<decltype(value)>(apart_problem_)); });
+  }
 
   // Few rows, of decode: whether a call goes straight over the records depends on its shape alone.
   static bool straight(const PagedProblem& p, const BitmapPart& part, int dim) {
@@ -120,11 +120,12 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
 
   // Steps of the prefetcher for one head.
   int64_t score_steps(int keys, int num_rows) const {
-    return k_straight_ ? sparse_score_steps(keys, num_rows) : keys + values_.score_steps(keys, num_rows);
+    return k_straight_ ? sparse_score_steps(keys, num_rows)
+                       : keys + DensePages<bf16>(apart_problem_).score_steps(keys, num_rows);
   }
   int64_t accumulate_steps(int keys, int num_rows) const {
     return v_straight_ ? sparse_accumulate_steps(keys, num_rows, p_.head_dim_v)
-                       : keys + values_.accumulate_steps(keys, num_rows);
+                       : keys + DensePages<bf16>(apart_problem_).accumulate_steps(keys, num_rows);
   }
 
   RowsApart record_rows(const uint8_t* record, const BitmapLayout& layout, int token, int count, int dim) const {
@@ -143,11 +144,10 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
     for (int i = 0; i < rows.num_pieces; ++i) {
       const Piece& piece = rows.pieces[i];
       if (piece.dense) {
-        Mixed::dense_scores(piece, head, q, ldq, num_rows, s + piece.begin);
+        piece_scores(piece, head, q, ldq, num_rows, s + piece.begin);
       } else if constexpr (kSparseRows) {
-        sparse_scores<Value>(
-            record_rows(Mixed::k_record(piece, head), k_layout_, piece.offset, piece.count, p_.head_dim), q, ldq,
-            num_rows, s + piece.begin, ahead);
+        const RowsApart apart = record_rows(k_record(piece, head), k_layout_, piece.offset, piece.count, p_.head_dim);
+        sparse_scores(value_dtype_, apart, q, ldq, num_rows, s + piece.begin, ahead);
       }
     }
   }
@@ -155,31 +155,34 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
   void straight_accumulate(const Piece& piece, int head, const float* p, const float* scale, int num_rows, float* out,
                            int ldo, Prefetcher& ahead) const {
     if constexpr (kSparseRows) {
-      sparse_accumulate<Value>(
-          record_rows(Mixed::v_record(piece, head), v_layout_, piece.offset, piece.count, p_.head_dim_v), p, scale,
-          num_rows, out, ldo, ahead);
+      const RowsApart apart = record_rows(v_record(piece, head), v_layout_, piece.offset, piece.count, p_.head_dim_v);
+      sparse_accumulate(value_dtype_, apart, p, scale, num_rows, out, ldo, ahead);
     }
   }
 
   void apart_scores(const Rows& rows, int head, const float* q, int ldq, int num_rows, float* s,
                     Prefetcher& ahead) const {
-    ValueRows run;
+    Run run;
     for (int i = 0; i < rows.num_pieces; i = run.end) {
       const Piece& piece = rows.pieces[i];
       if (take_run(rows, i, k_rotate_, run)) {
-        locate_run<&Piece::k>(rows, run, head, ahead);
         // Whole steps of keys are written: behind a run that does not begin the block they could leave their row.
         alignas(64) float raw[kMaxStreamRows * kBlockKeys];
         float* to = piece.begin == 0 ? s : raw;
-        values_.scores(run.rows, 0, 1, q, ldq, num_rows, to, ahead);
-        for (int r = 0; r < num_rows && to == raw; ++r) {
-          std::copy_n(raw + r * kBlockKeys, run.rows.count, s + r * kBlockKeys + piece.begin);
-        }
+        with_values([&](const auto& values) {
+          const auto keys = locate_run<&Piece::k>(values, rows, run, head, ahead);
+          values.scores(keys, 0, 1, q, ldq, num_rows, to, ahead);
+          for (int r = 0; r < num_rows && to == raw; ++r) {
+            std::copy_n(raw + r * kBlockKeys, keys.count, s + r * kBlockKeys + piece.begin);
+          }
+        });
       } else {
         alignas(64) float natural[kMaxStreamRows * padded(256)];
         std::copy_n(q, num_rows * ldq, natural);
-        for (int r = 0; r < num_rows; ++r) out_of_pairs<Value>(natural + r * ldq, p_.head_dim);
-        Mixed::dense_scores(piece, head, natural, ldq, num_rows, s + piece.begin);
+        with_values([&](const auto& values) {
+          for (int r = 0; r < num_rows; ++r) values.natural_query(natural + r * ldq);
+        });
+        piece_scores(piece, head, natural, ldq, num_rows, s + piece.begin);
       }
     }
   }
@@ -192,8 +195,9 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
   }
 
   // The run from piece `i`; false, and that piece alone, where it is not of values.
-  static bool take_run(const Rows& rows, int i, bool rotate, ValueRows& run) {
-    const auto is_values = [&](const Piece& piece) { return !piece.dense || (std::is_same_v<T, Value> && !rotate); };
+  bool take_run(const Rows& rows, int i, bool rotate, Run& run) const {
+    const bool dense_too = p_.dtype == value_dtype_ && !rotate;
+    const auto is_values = [&](const Piece& piece) { return !piece.dense || dense_too; };
     run.begin = i;
     run.end = i + 1;
     if (!is_values(rows.pieces[i])) return false;
@@ -202,13 +206,15 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
   }
 
   // Where the run's rows lie, records put apart first.
-  template <const void* Piece::* kPart>
-  void locate_run(const Rows& rows, ValueRows& run, int head, Prefetcher& ahead) const {
+  template <const void* Piece::* kPart, class Value>
+  typename DensePages<Value>::Rows locate_run(const DensePages<Value>&, const Rows& rows, const Run& run, int head,
+                                              Prefetcher& ahead) const {
     constexpr bool kIsK = kPart == &Piece::k;
     const PoolView& pool = kIsK ? p_.k : p_.v;
     const BitmapLayout& layout = kIsK ? k_layout_ : v_layout_;
     const int dim = kIsK ? p_.head_dim : p_.head_dim_v;
-    const Value** to = kIsK ? run.rows.k : run.rows.v;
+    typename DensePages<Value>::Rows located;
+    const Value** to = kIsK ? located.k : located.v;
     int count = 0;
     for (int i = run.begin; i < run.end; ++i) {
       const Piece& piece = rows.pieces[i];
@@ -217,12 +223,13 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
         for (int j = 0; j < piece.count; ++j) to[count++] = row + j * pool.token_stride;
         continue;
       }
-      const uint8_t* record = kIsK ? Mixed::k_record(piece, head) : Mixed::v_record(piece, head);
+      const uint8_t* record = kIsK ? k_record(piece, head) : v_record(piece, head);
       uint16_t* apart = apart_ + count * padded(dim);
       expand(record, layout, piece.offset, piece.count, dim, apart, ahead);
       for (int j = 0; j < piece.count; ++j) to[count++] = reinterpret_cast<const Value*>(apart + j * padded(dim));
     }
-    run.rows.count = count;
+    located.count = count;
+    return located;
   }
 
   void expand(const uint8_t* record, const BitmapLayout& layout, int offset, int count, int dim, uint16_t* to,
@@ -236,24 +243,20 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
     }
   }
 
-  static void unpack(const Piece& piece, const uint8_t* record, const BitmapLayout& layout, int dim, float* to,
-                     int ld) {
+  void unpack(const Piece& piece, const uint8_t* record, const BitmapLayout& layout, int dim, float* to, int ld) const {
     alignas(64) uint16_t row[kMaxRow];
     const uint8_t* values = record + piece.offset * layout.value_row_bytes;
     const uint8_t* bitmap = record + layout.bitmap_offset + piece.offset * layout.bitmap_row_bytes;
     for (int j = 0; j < piece.count; ++j) {
       expand_row(values + j * layout.value_row_bytes, bitmap + j * layout.bitmap_row_bytes, dim, row);
-      const Value* from = reinterpret_cast<const Value*>(row);
-      int d = 0;
-      for (; d + W <= dim; d += W) store(load(from + d), to + j * ld + d);
-      if (d < dim) store(load_half(from + d), to + j * ld + d);
+      unpack_row(row, value_dtype_, dim, to + j * ld);
     }
   }
 
   // `steps` for each head.
   Prefetcher prefetch(const Rows& rows, const void** scratch, int begin, int end, int64_t head_stride,
                       const void* Piece::* part, const BitmapLayout& layout, int64_t steps) const {
-    typename Mixed::Regions regions;
+    Regions regions;
     for (int i = 0; i < rows.num_pieces && rows.count > 0; ++i) {
       const Piece& piece = rows.pieces[i];
       if (piece.dense) continue;
@@ -271,7 +274,8 @@ class BitmapPages : public MixedPages<T, BitmapPages<T, Value>> {
     return regions.prefetcher(scratch, steps * (end - begin), 16);
   }
 
-  DensePages<Value> values_;
+  DType value_dtype_;
+  PagedProblem apart_problem_;
   BitmapLayout k_layout_, v_layout_;
   bool k_straight_, v_straight_;
   alignas(64) mutable uint16_t apart_[kBlockKeys * padded(kMaxRow)];

@@ -30,28 +30,24 @@ template <int kRows>
 inline constexpr int kSumBytes = (kManyRegisters ? 16 : 8) / std::bit_ceil(static_cast<unsigned>(kRows));
 inline constexpr int kSumStep = 8;  // rows between fetches
 
-// f(the number of query rows as a constant).
-template <class F>
-inline void with_sparse_rows(int num_rows, F&& f) {
-  switch (num_rows) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    default: return f(std::integral_constant<int, 4>());
-  }
-}
-
 // Steps of the prefetcher for `keys` of them.
 inline int64_t sparse_score_steps(int keys, int num_rows) {
   int64_t steps = 0;
-  with_sparse_rows(num_rows, [&](auto n) { steps = keys / kDotKeys<n()>; });
+  with_rows(num_rows, [&](auto n) { steps = keys / kDotKeys<n()>; });
   return steps;
 }
 inline int64_t sparse_accumulate_steps(int keys, int num_rows, int dim) {
   int64_t passes = 0;
-  with_sparse_rows(num_rows, [&](auto n) { passes = dim / (8 * kSumBytes<n()>)+dim / 8 % kSumBytes<n()>; });
+  with_rows(num_rows, [&](auto n) { passes = dim / (8 * kSumBytes<n()>)+dim / 8 % kSumBytes<n()>; });
   return passes * ((keys + kSumStep - 1) / kSumStep);
 }
+
+// Defined where kSparseRows. s[r * kBlockKeys + j] = q_r . row j, and out[r] = out[r] * scale[r] + sum over j of p[r][j] * row j,
+// for up to kMaxSparseRows rows of q. dtype: of the values.
+inline void sparse_scores(DType dtype, const RowsApart& rows, const float* q, int ldq, int num_rows, float* s,
+                          Prefetcher& ahead);
+inline void sparse_accumulate(DType dtype, const RowsApart& rows, const float* p, const float* scale, int num_rows,
+                              float* out, int ldo, Prefetcher& ahead);
 
 #if defined(__AVX2__)
 
@@ -143,7 +139,7 @@ inline void sparse_dots(const RowsApart& rows, const uint8_t* values, const uint
 
 // s[r * kBlockKeys + j] for all of the rows.
 template <class Value, int kRows>
-inline void sparse_scores_rows(const RowsApart& rows, const float* q, int ldq, float* s, Prefetcher& ahead) {
+[[gnu::noinline]] void sparse_scores_rows(const RowsApart& rows, const float* q, int ldq, float* s, Prefetcher& ahead) {
   constexpr int kKeys = kDotKeys<kRows>;
   const uint8_t *values = rows.values, *bitmap = rows.bitmap;
   int j = 0;
@@ -199,8 +195,8 @@ inline void sparse_sums(const RowsApart& rows, int d, const uint8_t** values, co
 }
 
 template <class Value, int kRows>
-inline void sparse_accumulate_rows(const RowsApart& rows, const float* p, const float* scale, float* out, int ldo,
-                                   Prefetcher& ahead) {
+[[gnu::noinline]] void sparse_accumulate_rows(const RowsApart& rows, const float* p, const float* scale, float* out,
+                                              int ldo, Prefetcher& ahead) {
   constexpr int kBytes = kSumBytes<kRows>;
   const uint8_t* values[kBlockKeys];
   for (int j = 0; j < rows.count; ++j) values[j] = rows.values + j * rows.value_row_bytes;
@@ -211,15 +207,18 @@ inline void sparse_accumulate_rows(const RowsApart& rows, const float* p, const 
   for (; d < rows.dim; d += 8) sparse_sums<Value, kRows, 1>(rows, d, values, p, scale, out, ldo, ahead);
 }
 
-template <class Value>
-inline void sparse_scores(const RowsApart& rows, const float* q, int ldq, int num_rows, float* s, Prefetcher& ahead) {
-  with_sparse_rows(num_rows, [&](auto n) { sparse_scores_rows<Value, n()>(rows, q, ldq, s, ahead); });
+inline void sparse_scores(DType dtype, const RowsApart& rows, const float* q, int ldq, int num_rows, float* s,
+                          Prefetcher& ahead) {
+  with_value(dtype, [&](auto value) {
+    with_rows(num_rows, [&](auto n) { sparse_scores_rows<decltype(value), n()>(rows, q, ldq, s, ahead); });
+  });
 }
 
-template <class Value>
-inline void sparse_accumulate(const RowsApart& rows, const float* p, const float* scale, int num_rows, float* out,
-                              int ldo, Prefetcher& ahead) {
-  with_sparse_rows(num_rows, [&](auto n) { sparse_accumulate_rows<Value, n()>(rows, p, scale, out, ldo, ahead); });
+inline void sparse_accumulate(DType dtype, const RowsApart& rows, const float* p, const float* scale, int num_rows,
+                              float* out, int ldo, Prefetcher& ahead) {
+  with_value(dtype, [&](auto value) {
+    with_rows(num_rows, [&](auto n) { sparse_accumulate_rows<decltype(value), n()>(rows, p, scale, out, ldo, ahead); });
+  });
 }
 
 #endif

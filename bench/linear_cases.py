@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from bench.cases import DTYPES, TOLERANCE, WrongResultError, _short, relative_error
-from bench.harness import Prepared
-from bench.lightning_cases import CHUNK, chunked
+from bench.cases import DTYPES, _short
+from bench.lightning_cases import CHUNK, TorchChunks, chunked, judged
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,7 @@ class LinearData:
             )[0]
         else:
             want = reference.linear_attention(*rows, **self.case.options)[0]
-        error = relative_error(result[:, :n, :1], want)
-        if not error <= TOLERANCE[self.case.dtype]:
-            raise WrongResultError(f"the result is off by {error:.2e}")
-        return error
+        return judged(self.case, result[:, :n, :1], want)
 
     def reset(self) -> None:
         """Nothing is written in place."""
@@ -122,25 +118,17 @@ def in_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> t
     return out.reshape(heads, -1, dim).transpose(0, 1)[None]
 
 
-class TorchLinear:
+class TorchLinear(TorchChunks):
     """in_torch; its gradient is autograd's."""
 
-    name = "torch matmuls"
-
     def unavailable(self, case: LinearCase) -> str | None:
-        """torch's 16-bit matrix products on a CPU are a hundred times slower than its float32 ones."""
+        """As of TorchChunks; blocks are whole, too."""
         whole = case.tokens % (CHUNK if case.block == 1 else case.block or 1) == 0
         return None if case.dtype == "f32" and whole else "float32 and whole chunks only"
 
-    def build(self, data: LinearData) -> Prepared:
-        """The forward pass of a backward is not timed."""
-        if not data.case.backward:
-            return Prepared(lambda: in_torch(data.q, data.k, data.v, data.case.block), lambda out: out)
-        leaves = [x.clone().requires_grad_() for x in (data.q, data.k, data.v)]
-        out = in_torch(leaves[0], leaves[1], leaves[2], data.case.block)
-        return Prepared(
-            lambda: torch.autograd.grad(out, leaves, data.grad, retain_graph=True), lambda got: got[0]
-        )
+    def forward(self, data: LinearData, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The mask is the case's."""
+        return in_torch(q, k, v, data.case.block)
 
 
 @dataclass(frozen=True)
@@ -188,10 +176,7 @@ class TaylorData:
         """The error of the first features."""
         from kvk import reference
 
-        error = relative_error(result[:1000], reference.taylor_feature_map(self.x[:1000]))
-        if not error <= TOLERANCE[self.case.dtype]:
-            raise WrongResultError(f"the features are off by {error:.2e}")
-        return error
+        return judged(self.case, result[:1000], reference.taylor_feature_map(self.x[:1000]))
 
     def reset(self) -> None:
         """Nothing is written in place."""

@@ -191,10 +191,9 @@ inline V load_levels(const uint8_t* row, int first) {
     return bit_cast<V>(_mm512_permutexvar_ps(x, native(load(kLevels<kBits>.level))));
   }
 #elif defined(__AVX2__)
-  if constexpr (kBits == 2 || kBits == 3) {
-    constexpr int b = kBits;
+  if constexpr (kBits == 2) {
     const __m256i x = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(eight_codes<kBits>(row, first))),
-                                        _mm256_setr_epi32(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b));
+                                        _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
     return bit_cast<V>(_mm256_permutevar8x32_ps(native(load(kLevels<kBits>.level)), x));
   }
 #endif

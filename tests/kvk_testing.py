@@ -35,6 +35,21 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def assert_finite_differences(
+    loss: Callable[[], float], x: Tensor, grad: Tensor, *, every: int = 1, abs: float = 2e-5
+) -> None:
+    """Central differences of the loss in elements of x, float64, against the gradient of an op."""
+    step, flat, flat_grad = 1e-5, x.view(-1), grad.reshape(-1)
+    for i in range(0, flat.numel(), every):
+        value = flat[i].item()
+        flat[i] = value + step
+        above = loss()
+        flat[i] = value - step
+        below = loss()
+        flat[i] = value
+        assert flat_grad[i].item() == pytest.approx((above - below) / (2 * step), rel=1e-4, abs=abs)
+
+
 def bits(x: Tensor) -> Tensor:
     """The bytes of a tensor as integers, so that NaN equals NaN and 0.0 differs from -0.0."""
     return x.contiguous().view(_BITS[x.element_size()])

@@ -19,6 +19,18 @@ def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+# Bad cu_seqlens of 6 tokens, and words of their errors.
+BAD_STARTS = [
+    (int32(1, 3), ["start at 0", "got 1"]),
+    (int32(0, 4, 3, 6), ["decrease", "got 3 after 4"]),
+    (int32(0, 7), ["within the 6 tokens", "got 7"]),
+    (int32(), ["at least one"]),
+    (torch.tensor([0, 6]), ["int32"]),
+    (int32(0, 6)[None], ["shape"]),
+    (int32(0, 6).to("meta"), ["meta"]),
+]
+
+
 def decays(kind: str, shape: tuple[int, int, int], gen: torch.Generator) -> Tensor | None:
     """log_decay for [B, T, H]: per head, per token, so strong that all before is forgotten, or of every size."""
     if kind == "none":

@@ -9,7 +9,7 @@ from block_sparse_cases import check_gradients, gradients, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk import reference
-from kvk_testing import assert_bit_equal, threads
+from kvk_testing import assert_bit_equal, assert_finite_differences, threads
 from paged_strategies import DTYPES, HEAD_DIMS
 
 OPS = kvk.block_sparse_attention, reference.block_sparse_attention
@@ -58,17 +58,8 @@ def test_finite_differences():
         out, lse = reference.block_sparse_attention(*exact.args, **exact.options)
         return ((out * grad_out).sum() + (torch.where(lse == -torch.inf, 0.0, lse) * grad_lse).sum()).item()
 
-    step = 1e-5
     for x, grad in zip((exact.q, exact.k, exact.v), got, strict=True):
-        flat, flat_grad = x.view(-1), grad.reshape(-1)
-        for i in range(0, flat.numel(), 37):
-            value = flat[i].item()
-            flat[i] = value + step
-            above = loss()
-            flat[i] = value - step
-            below = loss()
-            flat[i] = value
-            assert flat_grad[i].item() == pytest.approx((above - below) / (2 * step), rel=1e-4, abs=2e-5)
+        assert_finite_differences(loss, x, grad, every=37)
 
 
 def test_reference_gradcheck():

@@ -10,7 +10,7 @@ import kvk
 import numpy
 import pytest
 import torch
-from card import Card, EmulatedCard, check_pages_beyond_the_pools
+from card import Card, check_pages_beyond_the_pools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk_testing import assert_bit_equal, expect_error
@@ -198,14 +198,6 @@ class TestErrors:
             "codes",
             "multiple of 8 bytes on a card",
         )
-
-
-@pytest.fixture
-def checked():
-    card = EmulatedCard()
-    card.ops._check_values(True)
-    yield card
-    card.ops._check_values(False)
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 2**31 - 1])

@@ -125,7 +125,7 @@ def test_demo_fails_when_results_differ(
 @pytest.mark.parametrize(
     ("page", "count", "said"),
     [
-        ("transformers", 2, ["Paris", "tokens of prefix shared"]),
+        ("transformers", 3, ["Paris", "tokens of prefix shared"]),
         ("compress-your-cache", 1, ["bytes a token"]),
     ],
 )

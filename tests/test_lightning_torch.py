@@ -6,7 +6,7 @@ import kvk
 import pytest
 import torch
 from kvk_testing import assert_bit_equal, expect_error
-from lightning_cases import int32, make_case
+from lightning_cases import BAD_STARTS, int32, make_case
 from paged_strategies import DTYPES
 from torch import library
 
@@ -201,18 +201,7 @@ class TestAttentionValues:
         del args["out"]
         refused(args, "out", "go together")
 
-    @pytest.mark.parametrize(
-        ("starts", "words"),
-        [
-            (int32(1, 3), ["start at 0", "got 1"]),
-            (int32(0, 4, 3, 6), ["decrease", "got 3 after 4"]),
-            (int32(0, 7), ["within the 6 tokens", "got 7"]),
-            (int32(), ["at least one"]),
-            (torch.tensor([0, 6]), ["int32"]),
-            (int32(0, 6)[None], ["shape"]),
-            (int32(0, 6).to("meta"), ["meta"]),
-        ],
-    )
+    @pytest.mark.parametrize(("starts", "words"), BAD_STARTS)
     def test_cu_seqlens(self, starts, words):
         case = make_case(1, 6, 2, 16, 8, state=False)
         call = lambda: kvk.lightning_attention(case.q, case.k, case.v, None, cu_seqlens=starts)  # noqa: E731

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk import reference
-from kvk_testing import assert_bit_equal, assert_error_rule, threads
+from kvk_testing import assert_bit_equal, assert_error_rule, assert_finite_differences, threads
 from lightning_cases import int32
 from linear_cases import MASKS, LinearCase, as_rows, make_case
 from paged_strategies import DTYPES
@@ -124,18 +124,8 @@ def test_finite_differences(mask):
     def loss() -> float:
         return sum((x * g).sum() for x, g in zip(double.reference(), grads, strict=True)).item()
 
-    got, step = gradients(kvk.linear_attention, case, grads), 1e-5
-    for name, grad in zip(NAMES, got, strict=True):
-        flat = getattr(double, name).view(-1)
-        for i in range(flat.numel()):
-            value = flat[i].item()
-            flat[i] = value + step
-            above = loss()
-            flat[i] = value - step
-            below = loss()
-            flat[i] = value
-            want = (above - below) / (2 * step)
-            assert grad.reshape(-1)[i].item() == pytest.approx(want, rel=1e-4, abs=5e-5)
+    for name, grad in zip(NAMES, gradients(kvk.linear_attention, case, grads), strict=True):
+        assert_finite_differences(loss, getattr(double, name), grad, abs=5e-5)
 
 
 @masks

@@ -6,10 +6,10 @@ import kvk
 import pytest
 import torch
 from kvk_testing import expect_error
-from lightning_cases import int32
+from lightning_cases import BAD_STARTS, int32
 from linear_cases import MASKS, OPTIONAL, RESULTS, LinearCase, make_case
 from paged_strategies import DTYPES
-from torch.library import opcheck
+from torch import library
 
 OPS = torch.ops.kvk
 GIVEN = ("q", "k", "v", *OPTIONAL)
@@ -24,20 +24,22 @@ def test_opcheck(dtype):
     for mask in ("causal", "blocks-of-4", "all"):
         case = make_case(2, 9, 2, 16, 8, dtype=dtype, mask=mask, apart=True)
         wanted = [x.clone().requires_grad_() for x in positional(case)]
-        opcheck(OPS.linear_attention.default, tuple(wanted), {**MASKS[mask], "scale": 0.5})
+        library.opcheck(OPS.linear_attention.default, tuple(wanted), {**MASKS[mask], "scale": 0.5})
     packed = make_case(1, 9, 2, 16, 8, dtype=dtype, starts=int32(0, 4, 4, 9), state=False)
     args = (*positional(packed), packed.cu_seqlens)
-    opcheck(OPS.linear_attention.default, args, {"normalize": False})
+    library.opcheck(OPS.linear_attention.default, args, {"normalize": False})
     results = dict(zip(RESULTS, (torch.zeros_like(x) for x in packed.run()), strict=True))
-    opcheck(OPS.linear_attention.out, args, results)
+    library.opcheck(OPS.linear_attention.out, args, results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck_backward(dtype):
     case = make_case(2, 9, 2, 16, 8, dtype=dtype, apart=True)
     grads = tuple(torch.ones_like(x) for x in case.run())
-    opcheck(OPS.linear_attention_backward.default, (*grads, *positional(case)), {"block_size": 3})
-    opcheck(OPS.linear_attention_backward.default, (grads[0], None, None, None, case.q, case.k, case.v))
+    library.opcheck(OPS.linear_attention_backward.default, (*grads, *positional(case)), {"block_size": 3})
+    library.opcheck(
+        OPS.linear_attention_backward.default, (grads[0], None, None, None, case.q, case.k, case.v)
+    )
 
 
 def test_compile():
@@ -154,18 +156,7 @@ def test_head_dims(name, dim):
     expect_error(lambda: case.with_(**changed).run(), "linear_attention", name, "from 1 to 256", f"got {dim}")
 
 
-@pytest.mark.parametrize(
-    ("starts", "words"),
-    [
-        (int32(1, 3), ["start at 0", "got 1"]),
-        (int32(0, 4, 3, 6), ["decrease", "got 3 after 4"]),
-        (int32(0, 7), ["within the 6 tokens", "got 7"]),
-        (int32(), ["at least one"]),
-        (torch.tensor([0, 6]), ["int32"]),
-        (int32(0, 6)[None], ["shape"]),
-        (int32(0, 6).to("meta"), ["meta"]),
-    ],
-)
+@pytest.mark.parametrize(("starts", "words"), BAD_STARTS)
 def test_cu_seqlens(starts, words):
     case = make_case(1, 6, 2, 16, 8, state=False)
     call = lambda: kvk.linear_attention(case.q, case.k, case.v, cu_seqlens=starts)  # noqa: E731

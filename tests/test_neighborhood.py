@@ -14,7 +14,7 @@ from block_sparse_cases import check_gradients, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk import reference
-from kvk_testing import assert_bit_equal, assert_error_rule, expect_error, threads
+from kvk_testing import assert_bit_equal, assert_error_rule, assert_finite_differences, expect_error, threads
 from paged_strategies import DTYPES, HEAD_DIMS
 from torch import Tensor, library
 
@@ -214,17 +214,8 @@ def test_finite_differences():
         out, lse = reference.neighborhood_attention(*exact.args, **exact.options)
         return ((out * grad_out).sum() + (lse * grad_lse).sum()).item()
 
-    step = 1e-5
     for x, grad in zip((exact.q, exact.k, exact.v), got, strict=True):
-        flat, flat_grad = x.view(-1), grad.reshape(-1)
-        for i in range(0, flat.numel(), 29):
-            value = flat[i].item()
-            flat[i] = value + step
-            above = loss()
-            flat[i] = value - step
-            below = loss()
-            flat[i] = value
-            assert flat_grad[i].item() == pytest.approx((above - below) / (2 * step), rel=1e-4, abs=2e-5)
+        assert_finite_differences(loss, x, grad, every=29)
 
 
 def test_strides():

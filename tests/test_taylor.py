@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvk import reference
 from kvk_testing import assert_bit_equal, assert_error_rule, expect_error, threads
 from paged_strategies import DTYPES
-from torch.library import opcheck
+from torch import library
 
 OPS = torch.ops.kvk
 DIMS = [1, 2, 3, 7, 8, 16, 17, 33, 64]
@@ -133,10 +133,10 @@ def test_a_bad_value_stays_in_its_row():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     x = random(2, 3, 7, dtype=dtype)
-    opcheck(OPS.taylor_feature_map.default, (x.clone().requires_grad_(),))
+    library.opcheck(OPS.taylor_feature_map.default, (x.clone().requires_grad_(),))
     features = OPS.taylor_feature_map(x)
-    opcheck(OPS.taylor_feature_map.out, (x,), {"out": torch.zeros_like(features)})
-    opcheck(OPS.taylor_feature_map_backward.default, (features, x))
+    library.opcheck(OPS.taylor_feature_map.out, (x,), {"out": torch.zeros_like(features)})
+    library.opcheck(OPS.taylor_feature_map_backward.default, (features, x))
 
 
 @pytest.mark.parametrize(

@@ -157,15 +157,12 @@ def draw(path: Path, model: Model, losses: list[float], scenes: Tensor, classes:
     axes[0].plot(losses)
     axes[0].set(title="loss", xlabel="step")
     told = model(scenes[:1]).argmax(-1)[0]
+    axes[1].imshow(scenes[0].numpy(), cmap="gray_r")
+    axes[1].set_title("held-out scene")
     for axis, title, image in zip(
-        axes[1:4],
-        ("held-out scene", "its digits", "what the model tells"),
-        (scenes[0], classes[0], told),
-        strict=True,
+        axes[2:4], ("its digits", "what the model tells"), (classes[0], told), strict=True
     ):
-        axis.imshow(
-            image.numpy(), **({"cmap": "gray_r"} if image is scenes[0] else {"cmap": "tab20", "vmax": 19})
-        )
+        axis.imshow(image.numpy(), cmap="tab20", vmin=0, vmax=19)
         axis.set_title(title)
     for head, (axis, weights) in enumerate(zip(axes[4:], attention, strict=True)):
         axis.imshow(scenes[0].numpy(), cmap="gray_r", alpha=0.4)

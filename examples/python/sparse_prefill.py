@@ -1,7 +1,7 @@
 """Sparse attention for a long prompt of a real model: perplexity and time beside dense attention.
 
     make demo                                           # once: installs and converts the model
-    .venv/bin/python examples/python/sparse_prefill.py [--tokens 8192] [--calibrate 4096] [--model FOLDER]
+    .venv/bin/python examples/python/sparse_prefill.py [--tokens 8192] [--calibrate 8192] [--model FOLDER]
 
 Heads get their patterns on one part of a text (`kvk.recipes`), and are judged on another. A transformers model runs the
 prompt in one forward pass; only its attention differs from row to row.
@@ -39,7 +39,7 @@ def score(model, attention: str, ids: torch.Tensor) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192, help="of the prompt")
-    parser.add_argument("--calibrate", type=int, default=4096, help="tokens that the patterns are chosen on")
+    parser.add_argument("--calibrate", type=int, default=8192, help="tokens that patterns are chosen on")
     parser.add_argument("--model", type=Path, help="a folder of a Llama-type model; default: the demo's")
     options = parser.parse_args()
 

@@ -2,7 +2,7 @@
 
     from kvk.recipes.minference import choose_patterns, register_minference
 
-    patterns = choose_patterns(model, ids)          # once a model, on any text of a few thousand tokens
+    patterns = choose_patterns(model, ids)          # once a model, on a text as long as the prompts
     register_minference("minference", patterns)
     model.set_attn_implementation("minference")     # prompts are sparse; decoding is kvk's, over all keys
 
@@ -126,7 +126,8 @@ def choose_patterns(
 
     Args:
         model: of transformers; its attention implementation is put back.
-        ids: int64 [1, T], a text longer than what the candidates see.
+        ids: int64 [1, T], a text about as long as the prompts will be: of a shorter one the candidates see more, and
+            another may be best.
     """
     chosen: dict[int, list[Pattern]] = {}
 

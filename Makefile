@@ -46,7 +46,7 @@ $(STAMPS)/tools: pyproject.toml $(TORCH_STAMP)
 	@touch $@
 
 $(LIBRARY): $(SOURCES) $(STAMPS)/tools
-	@echo "== libkvk.so (a minute or less the first time)"
+	@echo "== libkvk.so (two minutes on two cores the first time)"
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 

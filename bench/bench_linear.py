@@ -19,7 +19,11 @@ CASES = [
     LinearCase(2048, backward=True, headline=True),
     LinearCase(4096, block=0, heads=20, dim=112, backward=True),
 ]
-MAPS = [TaylorCase(65536, quick=True, headline=True), TaylorCase(65536, dtype="bf16")]
+MAPS = [
+    TaylorCase(65536, quick=True, headline=True),
+    TaylorCase(65536, dtype="bf16"),
+    TaylorCase(65536, backward=True),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}")

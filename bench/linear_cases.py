@@ -133,15 +133,20 @@ class TorchLinear(TorchChunks):
 
 @dataclass(frozen=True)
 class TaylorCase:
-    """The map of `rows` rows of `dim` channels."""
+    """The map of `rows` rows of `dim` channels, or its gradient."""
 
     rows: int
     dim: int = 16
     dtype: str = "f32"
+    backward: bool = False
     quick: bool = False
     headline: bool = False
-    op: ClassVar[str] = "taylor_feature_map"
     bandwidth: ClassVar[str] = "copy"
+
+    @property
+    def op(self) -> str:
+        """The op that is measured."""
+        return "taylor_feature_map_backward" if self.backward else "taylor_feature_map"
 
     @property
     def name(self) -> str:
@@ -149,20 +154,30 @@ class TaylorCase:
         return f"{self.dtype}-{_short(self.rows)}x{self.dim}"
 
     @property
+    def features(self) -> int:
+        """Of a row."""
+        return 1 + self.dim + self.dim * (self.dim + 1) // 2
+
+    @property
     def bytes(self) -> int:
-        """Rows in, features out."""
-        features = 1 + self.dim + self.dim * (self.dim + 1) // 2
-        return self.rows * (self.dim + features) * DTYPES[self.dtype].itemsize
+        """Rows in, features out; backward: rows and the features' gradients in, the rows' out."""
+        return (
+            self.rows * (self.dim * (2 if self.backward else 1) + self.features) * DTYPES[self.dtype].itemsize
+        )
 
     @property
     def flops(self) -> int:
-        """A product a feature, and its factor."""
-        return self.rows * (self.dim + self.dim * (self.dim + 1))
+        """A product a feature, and its factor; backward: the factor, then two multiply-adds."""
+        pairs = self.dim * (self.dim + 1) // 2
+        return self.rows * (self.dim + (5 if self.backward else 2) * pairs)
 
     def make(self, seed: int) -> TaylorData:
-        """Unit-variance rows."""
-        generator = torch.Generator().manual_seed(seed)
-        return TaylorData(self, torch.randn(self.rows, self.dim, generator=generator).to(DTYPES[self.dtype]))
+        """Unit-variance rows, and gradients of their features."""
+        generator, dtype = torch.Generator().manual_seed(seed), DTYPES[self.dtype]
+        x, grad = (
+            torch.randn(self.rows, n, generator=generator).to(dtype) for n in (self.dim, self.features)
+        )
+        return TaylorData(self, x, grad)
 
 
 @dataclass
@@ -171,12 +186,16 @@ class TaylorData:
 
     case: TaylorCase
     x: torch.Tensor
+    grad: torch.Tensor
 
     def check(self, result: torch.Tensor) -> float:
-        """The error of the first features."""
+        """The error of the first rows."""
         from kvk import reference
 
-        return judged(self.case, result[:1000], reference.taylor_feature_map(self.x[:1000]))
+        x, grad = self.x[:1000], self.grad[:1000]
+        backward = self.case.backward
+        want = reference.taylor_feature_map_backward(grad, x) if backward else reference.taylor_feature_map(x)
+        return judged(self.case, result[:1000], want)
 
     def reset(self) -> None:
         """Nothing is written in place."""
@@ -186,13 +205,18 @@ def taylor(data: TaylorData) -> torch.Tensor:
     """kvk."""
     import kvk
 
+    if data.case.backward:
+        return torch.ops.kvk.taylor_feature_map_backward(data.grad, data.x)
     return kvk.taylor_feature_map(data.x)
 
 
 def torch_taylor(data: TaylorData) -> torch.Tensor:
-    """Gathered factors, in torch."""
-    x, d = data.x.float(), data.case.dim
+    """Gathered factors, in torch; the gradient is autograd's, the forward pass with it."""
+    x, d = data.x.float().requires_grad_(data.case.backward), data.case.dim
     i, j = torch.triu_indices(d, d)
     factor = torch.where(i == j, (2 * d) ** -0.5, d**-0.5)
     pairs = x[:, i] * x[:, j] * factor
-    return torch.cat([torch.ones_like(x[:, :1]), x * d**-0.25, pairs], -1).to(data.x.dtype)
+    out = torch.cat([torch.ones_like(x[:, :1]), x * d**-0.25, pairs], -1)
+    if data.case.backward:
+        out = torch.autograd.grad(out, x, data.grad.float())[0]
+    return out.to(data.x.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 import kvk
 import torch
+from hypothesis import strategies as st
 from kvk import reference
 from kvk_testing import assert_error_rule
 from torch import Tensor
@@ -17,6 +18,12 @@ DECAYS = ("none", "head", "token", "strong", "mixed")
 
 def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def shapes(batches: int, tokens: int, dims: tuple[int, int]) -> st.SearchStrategy[tuple[int, ...]]:
+    """(batch, tokens, heads, Dk, Dv): the first arguments of make_case, here and in linear_cases."""
+    dim = st.integers(*dims)
+    return st.tuples(st.integers(1, batches), st.integers(0, tokens), st.integers(1, 3), dim, dim)
 
 
 # Bad cu_seqlens of 6 tokens, and words of their errors.

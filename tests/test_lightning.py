@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk import reference
 from kvk_testing import assert_bit_equal, assert_error_rule, threads
-from lightning_cases import CHUNK, DECAYS, LightningCase, check, decays, int32, make_case
+from lightning_cases import CHUNK, DECAYS, LightningCase, check, decays, int32, make_case, shapes
 from paged_strategies import DTYPES
 
 NAN, INF = torch.nan, torch.inf
@@ -74,11 +74,7 @@ def test_by_hand():
 def test_random_cases(data):
     draw = data.draw
     case = make_case(
-        draw(st.integers(1, 3)),
-        draw(st.integers(0, 150)),
-        draw(st.integers(1, 3)),
-        draw(st.integers(1, 80)),
-        draw(st.integers(1, 80)),
+        *draw(shapes(3, 150, (1, 80))),
         dtype=draw(st.sampled_from(DTYPES)),
         decay=draw(st.sampled_from(DECAYS)),
         state=draw(st.booleans()),

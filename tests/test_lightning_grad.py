@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk import reference
 from kvk_testing import assert_bit_equal, assert_error_rule, threads
-from lightning_cases import CHUNK, DECAYS, LightningCase, groups, int32, make_case
+from lightning_cases import CHUNK, DECAYS, LightningCase, groups, int32, make_case, shapes
 from paged_strategies import DTYPES
 
 NAMES = ("q", "k", "v", "log_decay", "initial_state")
@@ -119,11 +119,7 @@ def test_packed_sequences(dtype, decay):
 def test_random_cases(data):
     draw = data.draw
     case = make_case(
-        draw(st.integers(1, 2)),
-        draw(st.integers(0, 140)),
-        draw(st.integers(1, 3)),
-        draw(st.integers(4, 60)),
-        draw(st.integers(4, 60)),
+        *draw(shapes(2, 140, (4, 60))),
         dtype=draw(st.sampled_from(DTYPES)),
         decay=draw(st.sampled_from(DECAYS)),
         state=draw(st.booleans()),

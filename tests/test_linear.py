@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk_testing import assert_bit_equal, threads
-from lightning_cases import int32
+from lightning_cases import int32, shapes
 from linear_cases import MASKS, LinearCase, check, features, make_case
 from paged_strategies import DTYPES
 
@@ -96,11 +96,7 @@ def test_long_sums_keep_their_digits():
 def test_random_cases(data):
     draw = data.draw
     case = make_case(
-        draw(st.integers(1, 3)),
-        draw(st.integers(0, 150)),
-        draw(st.integers(1, 3)),
-        draw(st.integers(1, 80)),
-        draw(st.integers(1, 80)),
+        *draw(shapes(3, 150, (1, 80))),
         dtype=draw(st.sampled_from(DTYPES)),
         apart=draw(st.booleans()),
         state=draw(st.booleans()),

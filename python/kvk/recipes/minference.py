@@ -65,16 +65,20 @@ CANDIDATES: tuple[Pattern, ...] = (
 )
 
 
+def _of_heads(q: Tensor, k: Tensor, heads: list[int]) -> tuple[Tensor, Tensor]:
+    """q of these query heads, and k of the kv head of each."""
+    group = q.shape[1] // k.shape[1]
+    return q[:, heads], k[:, [head // group for head in heads]]
+
+
 def _block_mask(pattern: Pattern | None, q: Tensor, k: Tensor, heads: list[int]) -> Tensor:
-    """bool [len(heads), Mb, Nb]"""
+    """bool [Mb, Nb], or [len(heads), Mb, Nb]"""
     blocks = -(-q.shape[0] // BLOCK)
     if isinstance(pattern, TopBlocks):
-        return pooled_block_mask(q, k, BLOCK, BLOCK, pattern.top)[heads]
+        return pooled_block_mask(*_of_heads(q, k, heads), BLOCK, BLOCK, pattern.top)
     if isinstance(pattern, AShape):
-        return streaming_mask(blocks, blocks, pattern.sink, pattern.local, device=q.device).expand(
-            len(heads), -1, -1
-        )
-    return torch.ones(len(heads), blocks, blocks, dtype=torch.bool, device=q.device)
+        return streaming_mask(blocks, blocks, pattern.sink, pattern.local, device=q.device)
+    return torch.ones(blocks, blocks, dtype=torch.bool, device=q.device)
 
 
 def sparse_prefill(
@@ -102,9 +106,10 @@ def sparse_prefill(
         widths = max(p.vertical for p in slashes), max(p.slash for p in slashes)
         lists = [torch.full((1, q.shape[1], n), -1, dtype=torch.int32, device=q.device) for n in widths]
         for pattern, on in slashes.items():
-            found = vertical_slash_index(q, k, pattern.vertical, pattern.slash, softmax_scale=scale)
+            counts = pattern.vertical, pattern.slash
+            found = vertical_slash_index(*_of_heads(q, k, on), *counts, softmax_scale=scale)
             for whole, own in zip(lists, found, strict=True):
-                whole[:, on, : own.shape[2]] = own[:, on]
+                whole[:, on, : own.shape[2]] = own
         out += vertical_slash_attention(q, k, v, *lists, softmax_scale=scale)[0]
     return out
 

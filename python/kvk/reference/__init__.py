@@ -6,8 +6,10 @@ of the inputs it is the same computation as plain torch does it in that dtype, t
 rule. Written to be read, not to be fast, and meant for the CPU.
 
 The op in place hadamard_ has no function of its own: `hadamard` says what it writes. All others have, but for
-the library's own ops, whose names begin with an underscore: those load kernels, record calls or lay out records,
-and compute no attention (docs/adding-an-op.md). They have tests of their own and no benchmark.
+what computes nothing of tensors and so has neither a reference nor a benchmark, only tests: the library's own
+ops, whose names begin with an underscore and which load kernels, record calls or lay out records
+(docs/adding-an-op.md), and the functions of `kvk.array` beside the ops: version, cpu_level, get_num_threads and
+set_num_threads, and `call`, through which its ops go.
 """
 
 from kvk.reference.block_sparse import block_sparse_attention, vertical_slash_attention

@@ -61,14 +61,9 @@ class TokenRows {
 };
 
 // A float a token of a [B, T, H] tensor.
-struct TokenFloats {
-  float* data;
-  int64_t stride;
-
-  TokenFloats(const Tensor& t, const LightningItem& item)
-      : data(t.ptr<float>() + item.batch * t.stride[0] + item.token * t.stride[1] + item.head * t.stride[2]),
-        stride(t.stride[1]) {}
-  float& operator[](int64_t i) const { return data[i * stride]; }
+struct TokenFloats : HeadRows<float> {
+  using HeadRows::HeadRows;
+  float& operator[](int64_t i) const { return *row(i); }
 };
 
 // Consecutive tokens, whole blocks of them. Token i of the group is in its block (i + shift) / size.

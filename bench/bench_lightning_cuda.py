@@ -2,7 +2,8 @@
 
 A decode step reads and writes its states once, so the copy bandwidth is its ceiling. Peers: flash-linear-attention's
 chunked and recurrent kernels, the recurrence in plain torch, and FlashAttention over as many tokens, which is another
-function. Gradients are those of q, k and v. pytest finds no benchmark here: the CPU's are bench_lightning.py.
+function. Gradients are those of q, k and v, in one row of kvk's also of the decays. pytest finds no benchmark here: the
+CPU's are bench_lightning.py.
 """
 
 from __future__ import annotations
@@ -161,6 +162,7 @@ def cases() -> list[LightningCase | LightningDecodeCase]:
         replace(sequence, dtype="f16", headline=False),
         replace(sequence, heads=16, tokens=32768, headline=False),
         replace(sequence, backward=True),
+        replace(sequence, backward=True, decay_grad=True, headline=False),
     ]
 
 

@@ -38,6 +38,7 @@ class LightningCase:
     dim: int = 128
     decay: bool = True
     backward: bool = False
+    decay_grad: bool = False  # in the backward, that of the decays, too
     quick: bool = False
     headline: bool = False
     bandwidth: ClassVar[str] = "read"
@@ -50,9 +51,9 @@ class LightningCase:
     @property
     def name(self) -> str:
         """A label that is unique in the run."""
-        return (
-            f"{self.dtype}-{self.heads}h-{_short(self.tokens)}x{self.dim}{'' if self.decay else '-no-decay'}"
-        )
+        end = "" if self.decay else "-no-decay"
+        end += "-decay-grad" if self.decay_grad else ""
+        return f"{self.dtype}-{self.heads}h-{_short(self.tokens)}x{self.dim}{end}"
 
     @property
     def bytes(self) -> int:
@@ -114,7 +115,14 @@ def ours(data: LightningData) -> torch.Tensor:
 
     if data.case.backward:
         grads = torch.ops.kvk.lightning_attention_backward(
-            data.grad, None, data.q, data.k, data.v, data.decay, scale=data.scale, decay_grad=False
+            data.grad,
+            None,
+            data.q,
+            data.k,
+            data.v,
+            data.decay,
+            scale=data.scale,
+            decay_grad=data.case.decay_grad,
         )
         return grads[0]
     return kvk.lightning_attention(data.q, data.k, data.v, data.decay, scale=data.scale)[0]

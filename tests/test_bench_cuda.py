@@ -146,7 +146,7 @@ class TestLightning:
         "case",
         [
             LightningCase(130, heads=2, dim=16),
-            LightningCase(130, heads=2, dim=16, backward=True),
+            LightningCase(130, heads=2, dim=16, backward=True, decay_grad=True),
             LightningDecodeCase(3, heads=2, dim=16),
         ],
     )

@@ -361,6 +361,9 @@ def launch_every_kernel(card: Card) -> None:
     for kind in KINDS:
         args, named = make(kind, 1, 1, 1).args
         card.ops.lightning_attention(*args, **named)
+    for dtype, dk, dv in ((BF16, 32, 24), (F16, 40, 48), (BF16, 128, 128), (F16, 256, 256)):
+        args, named = make_case(1, 1, 1, dk, dv, dtype=dtype).args
+        card.ops.lightning_attention_backward(args[2], None, *args, **named)
     packed = make("bf16", 1, 1, 1, starts=int32(0, 1)).args
     card.ops.lightning_attention(*packed[0], **packed[1])  # under KVK_CHECK
     for dtype in DTYPES:

@@ -133,9 +133,6 @@ void lightning_attention_backward(const LightningBackwardArgs& args, const Conte
   check_written(check, args.grad_v, "grad_v", args.v, "v");
   if (args.grad_log_decay) {
     if (!args.log_decay) fail(check.op(), "grad_log_decay: there is no log_decay");
-    if (check.device().type == DeviceType::cuda) {
-      fail(check.op(), "grad_log_decay must not be wanted on a card: the gradient of log_decay is on the CPU alone");
-    }
     check.same_shape(*args.grad_log_decay, "grad_log_decay", *args.log_decay, "log_decay");
     check.writable(*args.grad_log_decay, "grad_log_decay");
   }

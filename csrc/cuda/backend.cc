@@ -104,8 +104,10 @@ void lightning_attention(const LightningArgs& args, const Context& context) {
 }
 
 void lightning_attention_backward(const LightningBackwardArgs& args, const Context& context) {
-  run_checked("lightning_attention_backward", args.q.device, args, context, check_lightning_backward_starts,
-              launch_lightning_attention_backward);
+  DriverLauncher launcher(args.q.device.index, context.cuda_stream);
+  ContextWorkspace workspace("lightning_attention_backward", args.q.device, context);
+  if (check_mode()) check_lightning_backward_starts(args, launcher, workspace);
+  launch_lightning_attention_backward(args, launcher, workspace);
 }
 
 void lightning_decode(const LightningDecodeArgs& args, const Context& context) {

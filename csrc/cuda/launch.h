@@ -36,7 +36,7 @@ void launch_dequantize(const DequantizeArgs& args, Launcher& launcher);
 void launch_compress_pages(const CompressPagesArgs& args, Launcher& launcher);
 void launch_decompress_pages(const DecompressPagesArgs& args, Launcher& launcher);
 void launch_lightning_attention(const LightningArgs& args, Launcher& launcher);
-void launch_lightning_attention_backward(const LightningBackwardArgs& args, Launcher& launcher);
+void launch_lightning_attention_backward(const LightningBackwardArgs& args, Launcher& launcher, Workspace& workspace);
 void launch_lightning_decode(const LightningDecodeArgs& args, Launcher& launcher);
 
 // The kernels that precompile compiles when it is not told which: common head dims, no score options.

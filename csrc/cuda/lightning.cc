@@ -20,6 +20,17 @@ Kernel forward_kernel(DType dtype, int64_t dk, bool small) {
               std::to_string(device::round_up<int64_t>(dk, 16)) + (small ? ", true>>" : ">>")};
 }
 
+Kernel decay_kernel(DType dtype, int dk) {
+  return {"kvk/device/lightning_decay.cuh", "kvk::device::lightning_decay_kernel<kvk::device::LightningDecayConfig<" +
+                                                kernel_type(dtype) + ", " +
+                                                std::to_string(device::LightningDecayShape::tile_dim(dk)) + ">>"};
+}
+
+constexpr uint32_t kSumThreads = 256;
+Kernel sum_kernel() {
+  return {"kvk/device/lightning_decay.cuh", "kvk::device::sum_parts_kernel<" + std::to_string(kSumThreads) + ">"};
+}
+
 Kernel decode_kernel(DType dtype) {
   return {"kvk/device/lightning_decode.cuh", "kvk::device::lightning_decode_kernel<" + kernel_type(dtype) + ">"};
 }
@@ -48,6 +59,11 @@ SequenceView decay_sequences(const std::optional<Tensor>& t) {
   return t->ndim == 1 ? SequenceView{t->data, 0, 0, t->stride[0]} : sequence_view(*t);
 }
 
+device::SequenceStarts sequence_starts(const Tensor& q, const std::optional<Tensor>& cu_seqlens) {
+  if (!cu_seqlens) return {nullptr, 0, q.shape[0], q.shape[1], false};
+  return {cu_seqlens->ptr<const int32_t>(), cu_seqlens->stride[0], cu_seqlens->shape[0] - 1, q.shape[1], false};
+}
+
 // What the forward kernel makes of tensors of one call, each in any role.
 class Roles {
  public:
@@ -56,11 +72,7 @@ class Roles {
       : dtype_(q.dtype), launcher_(launcher), scale_(static_cast<float>(scale)) {
     common_.num_heads = static_cast<int32_t>(q.shape[2]);
     common_.log_decay = decay_sequences(log_decay);
-    common_.sequences = {nullptr, 0, q.shape[0], q.shape[1], false};
-    if (!cu_seqlens) return;
-    common_.sequences.starts = cu_seqlens->ptr<const int32_t>();
-    common_.sequences.stride = cu_seqlens->stride[0];
-    common_.sequences.num_sequences = cu_seqlens->shape[0] - 1;
+    common_.sequences = sequence_starts(q, cu_seqlens);
   }
 
   // out from the tokens before, S in fp32 [N, H, columns of q, columns of v].
@@ -119,6 +131,63 @@ class Roles {
   device::LightningParams common_ = {};
 };
 
+// A walk through the chunks from either end, whose findings are summed by another kernel.
+void launch_decay_gradient(const LightningBackwardArgs& args, Launcher& launcher, Workspace& workspace) {
+  const Tensor& q = args.q;
+  const Tensor& grad = *args.grad_log_decay;
+  const int64_t heads = q.shape[2], tokens = q.shape[1];
+  const int64_t sequences = args.cu_seqlens ? args.cu_seqlens->shape[0] - 1 : q.shape[0];
+  using Shape = device::LightningDecayShape;
+  const int dk = static_cast<int>(q.shape[3]), dv = static_cast<int>(args.v.shape[3]);
+  const Shape shape(Shape::tile_dim(dk));
+  device::LightningDecayParams params = {};
+  params.q = sequence_view(q);
+  params.k = sequence_view(args.k);
+  params.v = sequence_view(args.v);
+  params.grad = sequence_view(args.grad_out);
+  params.log_decay = decay_sequences(args.log_decay);
+  params.initial = state_view(args.initial_state);
+  params.grad_final = state_view(args.grad_final_state);
+  params.sequences = sequence_starts(q, args.cu_seqlens);
+  params.num_heads = static_cast<int32_t>(heads);
+  params.dk = dk;
+  params.dv = dv;
+  params.value_tiles = device::ceil_div(dv, device::LightningShape::kColumns);
+  params.tiles = Shape::tiles(dk) * params.value_tiles;
+  params.scale = static_cast<float>(args.scale);
+  params.row_chunks = device::ceil_div<int64_t>(tokens, device::LightningShape::kChunk);
+  params.num_rows = q.shape[0];
+  params.per_token = grad.ndim != 1;
+
+  const int64_t tiles = params.tiles;
+  device::SumPartsParams sum = {};
+  sum.num_tokens = params.per_token ? tokens : 1;
+  sum.num_heads = params.num_heads;
+  sum.count = params.per_token ? q.shape[0] * tokens * heads : heads;
+  sum.num_parts = params.per_token ? tiles : sequences * tiles;
+  sum.warp_each = !params.per_token;
+  sum.to = decay_sequences(grad);
+  if (sum.count == 0) return;
+
+  // A state for each chunk and one more for each sequence. Packed sequence n starts at (its first token) / 64 + 2 n: there are
+  // never more before it.
+  const int64_t chunks =
+      args.cu_seqlens ? tokens / device::LightningShape::kChunk + 2 * sequences : sequences * (params.row_chunks + 1);
+  const int64_t state_bytes = chunks * heads * tiles * shape.kept_floats() * int64_t{sizeof(float)};
+  params.states = static_cast<float*>(workspace.allocate(std::max<int64_t>(1, state_bytes)));
+  const int64_t past_bytes = tiles * q.shape[0] * tokens * heads * int64_t{sizeof(double)};
+  params.past = static_cast<double*>(workspace.allocate(std::max<int64_t>(1, past_bytes)));
+  const int64_t part_bytes = sum.num_parts * sum.count * int64_t{sizeof(double)};
+  params.parts = static_cast<double*>(workspace.allocate(std::max<int64_t>(1, part_bytes)));
+  sum.parts = params.parts;
+  const int64_t rows = sequences + (args.cu_seqlens ? 1 : 0);
+  launch(launcher, decay_kernel(q.dtype, dk), {static_cast<uint32_t>(rows * heads * tiles), 1, 1},
+         device::LightningShape::kThreads, shape.shared_bytes(), params);
+  const int64_t threads = sum.count * (sum.warp_each ? 32 : 1);
+  launch(launcher, sum_kernel(), {grid_size(device::ceil_div<int64_t>(threads, kSumThreads)), 1, 1}, kSumThreads, 0,
+         sum);
+}
+
 }  // namespace
 
 void launch_lightning_attention(const LightningArgs& args, Launcher& launcher) {
@@ -130,12 +199,13 @@ void launch_lightning_attention(const LightningArgs& args, Launcher& launcher) {
 //   dQ = lightning attention of (dO, V, K) with S^T
 //   dV = that of (K, Q, dO) with R, dK of (V, dO, Q) with R^T, from the last token to the first
 // Three passes, each of which makes its states anew: a fifth more FLOPs than two would take, and nothing is kept.
-void launch_lightning_attention_backward(const LightningBackwardArgs& args, Launcher& launcher) {
+void launch_lightning_attention_backward(const LightningBackwardArgs& args, Launcher& launcher, Workspace& workspace) {
   const Roles roles(args.q, args.log_decay, args.cu_seqlens, args.scale, launcher);
   const StateView after = state_view(args.grad_final_state);
   roles.run(args.grad_out, args.v, args.k, args.grad_q, transposed(state_view(args.initial_state)), {});
   roles.run_reversed(args.k, args.q, args.grad_out, args.grad_v, after, state_view(args.grad_initial_state));
   roles.run_reversed(args.v, args.grad_out, args.q, args.grad_k, transposed(after), {});
+  if (args.grad_log_decay) launch_decay_gradient(args, launcher, workspace);
 }
 
 void launch_lightning_decode(const LightningDecodeArgs& args, Launcher& launcher) {
@@ -163,8 +233,10 @@ std::vector<Kernel> default_lightning_kernels() {
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const int64_t dk : {64, 128, 256}) kernels.push_back(forward_kernel(dtype, dk, false));
     kernels.push_back(forward_kernel(dtype, 128, true));
+    for (const int dk : {64, 128}) kernels.push_back(decay_kernel(dtype, dk));
     kernels.push_back(decode_kernel(dtype));
   }
+  kernels.push_back(sum_kernel());
   return kernels;
 }
 

@@ -3,6 +3,7 @@
 #include "emulator/launch_ops.h"
 #include "emulator/paged_device.h"
 #include "kvk/device/lightning.cuh"
+#include "kvk/device/lightning_decay.cuh"
 #include "kvk/device/lightning_decode.cuh"
 
 KVK_EMULATED_KERNEL(kvk::device::lightning_decode_kernel<kvk::device::bf16>);
@@ -10,6 +11,8 @@ KVK_EMULATED_KERNEL(kvk::device::lightning_decode_kernel<float>);
 // Two stages of a chunk, and one.
 KVK_EMULATED_KERNEL(kvk::device::lightning_forward_kernel<kvk::device::LightningConfig<kvk::device::bf16, 32>>);
 KVK_EMULATED_KERNEL(kvk::device::lightning_forward_kernel<kvk::device::LightningConfig<kvk::device::f16, 64, true>>);
+KVK_EMULATED_KERNEL(kvk::device::lightning_decay_kernel<kvk::device::LightningDecayConfig<kvk::device::bf16, 32>>);
+KVK_EMULATED_KERNEL(kvk::device::sum_parts_kernel<256>);
 
 namespace kvk {
 namespace {
@@ -175,7 +178,7 @@ void test_forward(DType dtype, int64_t dk, int64_t dv, const std::vector<int64_t
   expect_close(worst_out, dtype == DType::bf16 ? 2e-2 : 4e-3, what + ", out");
 }
 
-// Gradients of q, k, v and the initial state of one sequence, by the recurrence from its end.
+// Gradients of all inputs of one sequence, by the recurrence from its end.
 void test_backward(int64_t dk, int64_t dv, int64_t tokens, bool per_token) {
   constexpr double kScale = 0.5;
   test::Random random(7);
@@ -200,9 +203,11 @@ void test_backward(int64_t dk, int64_t dv, int64_t tokens, bool per_token) {
   args.grad_q = device(q.view(), emu::Use::output);
   args.grad_k = device(k.view(), emu::Use::output);
   args.grad_v = device(v.view(), emu::Use::output);
+  args.grad_log_decay = device(log.view(), emu::Use::output);
   args.grad_initial_state = device(initial.view(), emu::Use::output);
   emu::EmulatorLauncher launcher;
-  cuda::launch_lightning_attention_backward(args, launcher);
+  emu::EmulatorWorkspace workspace;
+  cuda::launch_lightning_attention_backward(args, launcher, workspace);
 
   const auto decay = [&](int64_t t) {
     return std::exp(per_token ? element(log.view(), {0, t, 0}) : element(log.view(), {0}));
@@ -213,9 +218,11 @@ void test_backward(int64_t dk, int64_t dv, int64_t tokens, bool per_token) {
     for (int64_t i = 0; i < dk * dv; ++i) s[static_cast<size_t>(i)] = element(x.view(), {0, 0, i / dv, i % dv});
     return s;
   };
-  Worst worst_rows, worst_state;
+  Worst worst_rows, worst_state, worst_decays;
   std::vector<double> s = state_of(initial), r = state_of(grad_final);
+  std::vector<std::vector<double>> before;  // S before each token
   for (int64_t t = 0; t < tokens; ++t) {
+    before.push_back(s);
     for (int64_t d = 0; d < dk; ++d) {
       double sum = 0;
       for (int64_t c = 0; c < dv; ++c) {
@@ -226,8 +233,10 @@ void test_backward(int64_t dk, int64_t dv, int64_t tokens, bool per_token) {
       worst_rows.see(element(args.grad_q, {0, t, 0, d}), sum);
     }
   }
+  double of_head = 0;
   for (int64_t t = tokens; t-- > 0;) {
     std::vector<double> of_v(static_cast<size_t>(dv));
+    double of_decay = 0;
     for (int64_t d = 0; d < dk; ++d) {
       double of_k = 0;
       for (int64_t c = 0; c < dv; ++c) {
@@ -236,17 +245,22 @@ void test_backward(int64_t dk, int64_t dv, int64_t tokens, bool per_token) {
         of_k += x * at(v, t, c);
         of_v[static_cast<size_t>(c)] += x * at(k, t, d);
         x *= decay(t);
+        of_decay += x * before[static_cast<size_t>(t)][static_cast<size_t>(d * dv + c)];
       }
       worst_rows.see(element(args.grad_k, {0, t, 0, d}), of_k);
     }
     for (int64_t c = 0; c < dv; ++c) worst_rows.see(element(args.grad_v, {0, t, 0, c}), of_v[static_cast<size_t>(c)]);
+    if (per_token) worst_decays.see(element(*args.grad_log_decay, {0, t, 0}), of_decay);
+    of_head += of_decay;
   }
+  if (!per_token) worst_decays.see(element(*args.grad_log_decay, {0}), of_head);
   for (int64_t i = 0; i < dk * dv; ++i) {
     worst_state.see(element(*args.grad_initial_state, {0, 0, i / dv, i % dv}), r[static_cast<size_t>(i)]);
   }
   const std::string what = "backward " + std::to_string(dk) + " x " + std::to_string(dv);
   expect_close(worst_state, 5e-6, what + ", states");
   expect_close(worst_rows, 3e-2, what + ", rows");
+  expect_close(worst_decays, per_token ? 1e-5 : 2e-5, what + ", decays");
 }
 
 }  // namespace

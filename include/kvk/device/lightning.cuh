@@ -13,7 +13,7 @@
 // take turns at their 10 blocks of 16 x 16. Pipeline: two stages of q, k and v filled by cp.async, two block barriers a chunk.
 #pragma once
 
-#include "kvk/device/lightning_chunk.cuh"
+#include "kvk/device/lightning_state.cuh"
 
 namespace kvk::device {
 
@@ -24,7 +24,7 @@ class LightningForward {
   static constexpr int kChunk = LightningShape::kChunk, kColumns = LightningShape::kColumns;
   static constexpr int kDim = Config::kDim, kPitch = Config::kPitch, kStages = Config::kStages;
   static constexpr int kScorePitch = LightningShape::kScorePitch, kValuePitch = LightningShape::kValuePitch;
-  static constexpr int kScoreParts = Config::kScoreParts, kInputParts = Config::kInputParts, kStateParts = 3;
+  static constexpr int kScoreParts = Config::kScoreParts, kInputParts = Config::kInputParts;
   static constexpr int kKeys = Config::kShape.key_elements(), kValues = Config::kShape.value_elements();
   static constexpr int kScores = Config::kShape.score_elements();
 
@@ -39,7 +39,7 @@ class LightningForward {
     // All threads know the item; from here on they read it from shared memory, which frees a dozen registers.
     if (threadIdx.x == 0) item_ = item;
     __syncthreads();
-    load_state();
+    state_.load(item_.state(p_.initial), p_.initial, p_.dk, p_.dv, column());
     const float* logs = item_.rows<const float>(p_.log_decay);
     if (p_.log_decay.data == nullptr) logs = nullptr;
     if (warp() == 0) decay(0).prepare(load_decays(logs, 0));
@@ -66,11 +66,13 @@ class LightningForward {
   }
 
  private:
-  using Output = float[kChunk / 8][4];  // out^T, [16, C]
+  using State = WarpState<T, kDim, kPitch>;
+  using Output = typename State::Columns;  // out^T, [16, C]
 
   // Not kept: a register more than it costs to ask again.
   KVK_DEVICE static int lane() { return threadIdx.x % 32; }
   KVK_DEVICE static int warp() { return threadIdx.x / 32; }
+  KVK_DEVICE int column() const { return item_.column + warp() * 16; }  // this warp's first one
   KVK_DEVICE ChunkDecay decay(int64_t chunk) const {
     return ChunkDecay(decays_ + chunk % 2 * LightningShape::kDecayFloats);
   }
@@ -112,20 +114,9 @@ class LightningForward {
 
   // A of this warp's blocks of 16 x 16 tokens at and below the diagonal.
   KVK_DEVICE void scores(const T* q, const T* k, const ChunkDecay& decay) const {
-    constexpr int kBlocks = kChunk / 16;
-    KVK_NO_UNROLL
-    for (int block = warp(); block < kBlocks * (kBlocks + 1) / 2; block += LightningShape::kWarps) {
-      const int row = block < 1 ? 0 : block < 3 ? 1 : block < 6 ? 2 : 3;
-      const int i = row * 16, j = (block - row * (row + 1) / 2) * 16;
+    each_block_of_triangle([&](int i, int j) {
       float s[2][4] = {};
-      KVK_NO_UNROLL
-      for (int step = 0; step < kDim / 16; ++step) {
-        uint32_t a[4], b[4];
-        ptx::ldmatrix(a, q + (i + lane() % 16) * kPitch + (step * 2 + lane() / 16) * 8);
-        ptx::ldmatrix(b, k + (j + lane() % 8 + lane() / 16 * 8) * kPitch + (step * 2 + lane() / 8 % 2) * 8);
-        ptx::mma_m16n8k16<T>(s[0], a, b[0], b[1]);
-        ptx::mma_m16n8k16<T>(s[1], a, b[2], b[3]);
-      }
+      multiply_rows<kDim, kPitch>(q, k, i, j, s);
       KVK_UNROLL
       for (int n = 0; n < 2; ++n) {
         KVK_UNROLL
@@ -144,41 +135,17 @@ class LightningForward {
           }
         }
       }
-    }
+    });
   }
 
   // out^T = S^T Q^T, decayed since the chunk's start.
   KVK_DEVICE void add_past(const T* q, const ChunkDecay& decay, Output& out) const {
-    KVK_UNROLL
-    for (int step = 0; step < kDim / 16; ++step) {
-      uint32_t a[kScoreParts][4];
-      KVK_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        uint32_t parts[kScoreParts];
-        const float (&s)[4] = state_[step * 2 + i / 2];
-        split_bf16(s[i % 2 * 2], s[i % 2 * 2 + 1], parts);
-        KVK_UNROLL
-        for (int part = 0; part < kScoreParts; ++part) a[part][i] = parts[part];
-      }
-      KVK_UNROLL
-      for (int n = 0; n < kChunk / 8; n += 2) {
-        uint32_t words[4], b[kInputParts][4];
-        ptx::ldmatrix(words, q + (n * 8 + lane() % 8 + lane() / 16 * 8) * kPitch + (step * 2 + lane() / 8 % 2) * 8);
-        split_words<T>(words, b);
-        mma_parts<kScoreParts>(out[n], a, b, 0);
-        mma_parts<kScoreParts>(out[n + 1], a, b, 2);
-      }
-    }
+    state_.template read<kScoreParts>(q, out);
     KVK_UNROLL
     for (int n = 0; n < kChunk / 8; ++n) {
       KVK_UNROLL
       for (int i = 0; i < 4; ++i) out[n][i] *= p_.past_scale * decay.since_start(n * 8 + lane() % 4 * 2 + i % 2);
     }
-  }
-
-  // This warp's columns of V^T at 16 tokens, as the first factor of a product.
-  KVK_DEVICE static void load_values(const T* v, int step, uint32_t (&words)[4]) {
-    ptx::ldmatrix_trans(words, v + (step * 16 + lane() / 16 * 8 + lane() % 8) * kValuePitch + lane() / 8 % 2 * 8);
   }
 
   // out^T += V^T A^T. A weight of 0 times NaN would reach the tokens before it: values that are not finite are left to
@@ -188,7 +155,7 @@ class LightningForward {
     KVK_NO_UNROLL
     for (int step = 0; step < kChunk / 16; ++step) {
       uint32_t words[4], a[kInputParts][4];
-      load_values(v, step, words);
+      State::load_values(v, step, words);
       KVK_UNROLL
       for (int i = 0; i < 4; ++i) {
         const uint32_t kept = finite_only<T>(words[i]);
@@ -247,8 +214,8 @@ class LightningForward {
       }
     }
     __syncwarp();  // the rows are there for all lanes
-    T* to = item_.rows<T>(p_.out) + item_.column + warp() * 16;
-    const int columns = p_.dv - item_.column - warp() * 16;
+    T* to = item_.rows<T>(p_.out) + column();
+    const int columns = p_.dv - column();
     KVK_UNROLL
     for (int i = lane(); i < kChunk * 2; i += 32) {
       const int row = i / 2, column = i % 2 * 8;
@@ -260,57 +227,9 @@ class LightningForward {
 
   // S^T = decay S^T + (decayed V)^T K.
   KVK_DEVICE void update(const T* v, const T* k, const ChunkDecay& decay) {
-    const float whole = decay.whole();
-    KVK_UNROLL
-    for (int n = 0; n < kDim / 8; ++n) {
-      KVK_UNROLL
-      for (int i = 0; i < 4; ++i) state_[n][i] *= whole;
-    }
-    KVK_NO_UNROLL
-    for (int step = 0; step < kChunk / 16; ++step) {
-      uint32_t values[4], a[kStateParts][4];
-      load_values(v, step, values);
-      KVK_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int token = step * 16 + i / 2 * 8 + lane() % 4 * 2;
-        const float2 pair = unpack2<T>(values[i]);
-        uint32_t parts[kStateParts];
-        split_bf16(pair.x * (decay.to_end(token) * p_.key_scale), pair.y * (decay.to_end(token + 1) * p_.key_scale),
-                   parts);
-        KVK_UNROLL
-        for (int part = 0; part < kStateParts; ++part) a[part][i] = parts[part];
-      }
-      KVK_UNROLL
-      for (int n = 0; n < kDim / 8; n += 2) {
-        uint32_t words[4], b[kInputParts][4];
-        ptx::ldmatrix_trans(words, k + (step * 16 + lane() % 16) * kPitch + (n + lane() / 16) * 8);
-        split_words<T>(words, b);
-        mma_parts<kStateParts>(state_[n], a, b, 0);
-        mma_parts<kStateParts>(state_[n + 1], a, b, 2);
-      }
-    }
+    state_.add(v, k, decay.whole(), [&](int token) { return decay.to_end(token) * p_.key_scale; });
   }
 
-  // Of this lane's elements of S^T: call(element, row of S, column of S), those inside.
-  template <class Call>
-  KVK_DEVICE void for_each_state(Call&& call) {
-    KVK_UNROLL
-    for (int n = 0; n < kDim / 8; ++n) {
-      KVK_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int row = n * 8 + lane() % 4 * 2 + i % 2, column = item_.column + warp() * 16 + lane() / 4 + i / 2 * 8;
-        if (row < p_.dk && column < p_.dv) call(state_[n][i], row, column);
-      }
-      if (n % 4 == 3) __syncwarp();  // keeps the compiler from having all addresses at a time
-    }
-  }
-  KVK_DEVICE void load_state() {
-    const float* from = item_.state(p_.initial);
-    if (from == nullptr) return;
-    for_each_state([&](float& s, int row, int column) {
-      s = from[row * p_.initial.row_stride + column * p_.initial.column_stride];
-    });
-  }
   KVK_DEVICE void store_state(const float* logs) {
     float* to = item_.state(p_.final);
     if (to == nullptr) return;
@@ -319,9 +238,7 @@ class LightningForward {
         p_.sequences.reversed
             ? expf(ChunkDecay::load_one(logs, p_.log_decay.token_stride, 1, item_.tokens, item_.tokens + 1))
             : 1.0f;
-    for_each_state([&](float& s, int row, int column) {
-      to[row * p_.final.row_stride + column * p_.final.column_stride] = s * left;
-    });
+    state_.store(to, p_.final, p_.dk, p_.dv, column(), left);
   }
 
   // Tokens of no sequence.
@@ -339,7 +256,7 @@ class LightningForward {
   bf16* scores_;
   float* decays_;
   LightningItem& item_;
-  float state_[kDim / 8][4] = {};  // S^T, [16, Dk]
+  State state_;
 };
 
 template <class Config>

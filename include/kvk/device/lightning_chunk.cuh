@@ -78,7 +78,8 @@ class ChunkDecay {
 
   KVK_DEVICE explicit ChunkDecay(float* memory) : memory_(memory) {}
 
-  KVK_DEVICE float between(int i, int j) const { return ptx::ex2(((high(i) - high(j)) + (low(i) - low(j))) * kLog2e); }
+  KVK_DEVICE float between(int i, int j) const { return ptx::ex2(log_between(i, j) * kLog2e); }
+  KVK_DEVICE float log_between(int i, int j) const { return (high(i) - high(j)) + (low(i) - low(j)); }
   KVK_DEVICE float since_start(int i) const { return memory_[2 * kChunk + i]; }
   KVK_DEVICE float to_end(int j) const { return memory_[3 * kChunk + j]; }
   KVK_DEVICE float whole() const { return memory_[4 * kChunk]; }

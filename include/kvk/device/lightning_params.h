@@ -105,6 +105,61 @@ struct LightningConfig {
   static constexpr int kDim = kShape.dim, kPitch = kShape.pitch, kStages = kShape.stages;
 };
 
+// The gradient of the log decays.
+struct LightningDecayParams {
+  SequenceView q, k, v, grad;  // grad: of out. Rows on multiples of 16 bytes
+  SequenceView log_decay;
+  StateView initial, grad_final;  // data null: zeros
+  SequenceStarts sequences;
+  int32_t num_heads, dk, dv;
+  int32_t tiles, value_tiles;  // of a head, and along dv
+  float scale;
+  bool per_token;
+  int64_t num_rows, row_chunks;  // of the batch; chunks of a row, without starts
+  float* states;                 // written, then read: the state before each chunk, as the registers have it
+  double* past;                  // written, then read: [tiles, num_rows, tokens, heads]
+  double* parts;  // written: [tiles, num_rows, tokens, heads] of tokens, [sequences, tiles, heads] of heads
+};
+
+// to = the sum of num_parts rows of `count` = rows * num_tokens * num_heads numbers.
+struct SumPartsParams {
+  const double* parts;
+  int64_t num_parts, count, num_tokens;
+  int32_t num_heads;
+  bool warp_each;   // where parts are many; else a thread
+  SequenceView to;  // float
+};
+
+struct LightningDecayShape {
+  static constexpr int kPairs = LightningShape::kChunk * (LightningShape::kChunk - 1) / 2;
+  static constexpr int kSums = LightningShape::kWarps * LightningShape::kChunk;
+
+  static constexpr int kMostDim = 128;  // channels of k of a block; more would not fit its registers
+
+  LightningShape rows;
+
+  KVK_HOST_DEVICE constexpr explicit LightningDecayShape(int dim) : rows(dim, 1, true) {}
+  KVK_HOST_DEVICE constexpr size_t key_elements() const { return rows.key_elements(); }
+  KVK_HOST_DEVICE constexpr size_t value_elements() const { return rows.value_elements(); }
+  KVK_HOST_DEVICE constexpr size_t shared_bytes() const {
+    return 2 * (key_elements() + value_elements()) * 2 +
+           (kPairs + LightningShape::kDecayFloats + kSums) * sizeof(float) +
+           (LightningShape::kWarps + 32) * sizeof(double) + LightningShape::kItemBytes;
+  }
+  // Blocks along dk, each with as many channels.
+  KVK_HOST_DEVICE static constexpr int tiles(int dk) { return ceil_div(dk, kMostDim); }
+  KVK_HOST_DEVICE static constexpr int tile_dim(int dk) { return round_up(ceil_div(dk, tiles(dk)), 16); }
+  // Floats that a block keeps of a chunk.
+  KVK_HOST_DEVICE constexpr int64_t kept_floats() const { return int64_t{LightningShape::kColumns} * rows.dim; }
+};
+
+template <class T_, int kDim_>
+struct LightningDecayConfig {
+  using T = T_;
+  static constexpr LightningDecayShape kShape = LightningDecayShape(kDim_);
+  static constexpr int kDim = kShape.rows.dim, kPitch = kShape.rows.pitch;
+};
+
 // Columns of a state that a block of the decode step takes: 128 bytes of a row, 8 lanes.
 inline constexpr int kLightningDecodeColumns = 32;
 

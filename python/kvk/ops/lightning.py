@@ -25,7 +25,7 @@ def lightning_attention(
     out: Tensor | None = None,
     final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Linear attention with decay. Differentiable in q, k, v, initial_state and, on the CPU, log_decay.
+    """Linear attention with decay. Differentiable in q, k, v, log_decay and initial_state.
 
     For every sequence and head, token by token: ``S = exp(log_decay) * S + k v^T``, ``out = scale * S^T q``. So a token
     sees itself with weight 1 and one n tokens back with the product of the n decays since; nothing is normalised. This
@@ -197,11 +197,6 @@ fake("lightning_attention.out", "lightning_decode.out")(no_results)
 
 
 def _save_inputs(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    log_decay = inputs[3]
-    if log_decay is not None and log_decay.is_cuda and log_decay.requires_grad:
-        raise RuntimeError(
-            "kvk::lightning_attention: log_decay must not require a gradient on a card: that is on the CPU alone"
-        )
     ctx.save_for_backward(*inputs)
     ctx.scale = keyword_only_inputs["scale"]
     ctx.set_materialize_grads(False)  # no gradient of the final state costs nothing

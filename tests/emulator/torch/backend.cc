@@ -273,9 +273,11 @@ void lightning_attention_backward(const LightningBackwardArgs& args, const Conte
   check_first(
       [&](Launcher& launcher, Workspace& workspace) { check_lightning_backward_starts(args, launcher, workspace); });
   const Call call({args.grad_q.data, args.grad_k.data, args.grad_v.data,
+                   args.grad_log_decay ? args.grad_log_decay->data : nullptr,
                    args.grad_initial_state ? args.grad_initial_state->data : nullptr});
   NotedLauncher launcher;
-  launch_lightning_attention_backward(args, launcher);
+  emu::EmulatorWorkspace workspace;
+  launch_lightning_attention_backward(args, launcher, workspace);
 }
 
 void lightning_decode(const LightningDecodeArgs& args, const Context&) {

@@ -89,12 +89,14 @@ def make_case(
 
 
 def check(case: BlockSparseCase) -> tuple[Tensor, Tensor]:
-    """The error rule against the reference."""
-    out, lse = case.run()
+    return check_results(case, *case.run(), reference.block_sparse_attention)
+
+
+def check_results(case: Any, out: Tensor, lse: Tensor, ref: Any) -> tuple[Tensor, Tensor]:
+    """The error rule against the reference, of any attention over ordinary tensors."""
     assert out.dtype == case.q.dtype and lse.dtype == torch.float32
-    exact_out, exact_lse = reference.block_sparse_attention(*case.args, **case.options)
-    plain = partial(reference.block_sparse_attention, compute_dtype=case.q.dtype)
-    plain_out, plain_lse = plain(*case.args, **case.options)
+    exact_out, exact_lse = ref(*case.args, **case.options)
+    plain_out, plain_lse = ref(*case.args, **case.options, compute_dtype=case.q.dtype)
     assert_error_rule(lse, exact_lse, plain_lse, per_row=False, what="lse")
     assert_error_rule(out, exact_out, plain_out, per_row=True, what="out")
     return out, lse

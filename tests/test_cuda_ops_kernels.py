@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import test_cuda_ops_block_sparse
 import test_cuda_ops_hadamard
 import test_cuda_ops_lightning
+import test_cuda_ops_neighborhood
 import test_cuda_ops_quant
 import test_cuda_ops_sparse
 import torch
@@ -40,6 +42,8 @@ def test_every_kernel_of_the_emulated_library_is_launched():
         test_cuda_ops_quant.launch_every_kernel(card)
         test_cuda_ops_sparse.launch_every_kernel(card)
         test_cuda_ops_lightning.launch_every_kernel(card)
+        test_cuda_ops_block_sparse.launch_every_kernel(card)
+        test_cuda_ops_neighborhood.launch_every_kernel(card)
     finally:
         card.ops._check_values(False)
     test_cuda_ops_hadamard.launch_every_kernel(card)

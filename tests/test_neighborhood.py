@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import kvk
 import pytest
 import torch
-from block_sparse_cases import check_gradients, gradients
+from block_sparse_cases import check_gradients, check_results, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk import reference
-from kvk_testing import assert_bit_equal, assert_error_rule, assert_finite_differences, expect_error, threads
+from kvk_testing import assert_bit_equal, assert_finite_differences, expect_error, threads
 from paged_strategies import DTYPES, HEAD_DIMS
 from torch import Tensor, library
 
@@ -53,14 +52,7 @@ def make_case(extents, kernel_size, *, batch=1, num_kv_heads=1, group=2, head_di
 
 
 def check(case):
-    out, lse = case.run()
-    assert out.dtype == case.q.dtype and lse.dtype == torch.float32
-    exact_out, exact_lse = reference.neighborhood_attention(*case.args, **case.options)
-    plain = partial(reference.neighborhood_attention, compute_dtype=case.q.dtype)
-    plain_out, plain_lse = plain(*case.args, **case.options)
-    assert_error_rule(lse, exact_lse, plain_lse, per_row=False, what="lse")
-    assert_error_rule(out, exact_out, plain_out, per_row=True, what="out")
-    return out, lse
+    return check_results(case, *case.run(), reference.neighborhood_attention)
 
 
 class TestMask:
@@ -282,19 +274,24 @@ def test_invariance():
         assert_bit_equal(x, y[1:2])
 
 
-@settings(max_examples=60)
-@given(st.data())
-def test_random_cases(data):
-    draw = data.draw
+def draw_axes(draw, most):
+    """Extents up to most[dimensions], kernel_size and the other options of every dimension."""
     n = draw(st.integers(1, 3))
-    most = {1: 300, 2: 24, 3: 9}[n]
     axes = []
     for _ in range(n):
-        extent = draw(st.integers(1, most))
+        extent = draw(st.integers(1, most[n]))
         dilation = draw(st.integers(1, max(1, extent // 2)))
         kernel = draw(st.integers(1, extent // dilation))
         axes.append((extent, kernel, draw(st.integers(1, kernel)), dilation, draw(st.booleans())))
     extents, kernel, stride, dilation, causal = zip(*axes, strict=True)
+    return extents, kernel, {"stride": stride, "dilation": dilation, "is_causal": causal}
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_random_cases(data):
+    draw = data.draw
+    extents, kernel, options = draw_axes(draw, {1: 300, 2: 24, 3: 9})
     case = make_case(
         extents,
         kernel,
@@ -305,9 +302,7 @@ def test_random_cases(data):
         head_dim_v=draw(st.sampled_from(HEAD_DIMS[:8])),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 2**32 - 1)),
-        stride=stride,
-        dilation=dilation,
-        is_causal=causal,
+        **options,
     )
     check(case)
     check_gradients(case, *OPS)

@@ -10,6 +10,7 @@
 #include "core/grid_check.h"
 #include "core/value_errors.h"
 #include "cpu/backend.h"
+#include "cuda/backend.h"
 
 namespace kvk {
 namespace {
@@ -64,30 +65,19 @@ int64_t most_blocks(const Sequences& sequences, int64_t block) {
 void check_entries(const ArgChecker& check, const BlockSparseProblem& p) {
   const int64_t Mb = p.pattern.row_ptr.shape[2] - 1, nnz = p.pattern.col_idx.shape[2];
   const int64_t rows = most_blocks(p.queries, p.pattern.block_q), columns = most_blocks(p.keys, p.pattern.block_k);
-  if (rows > Mb) {
-    fail(check.op(), "row_ptr: ", Mb, " rows of blocks, but the longest sequence has ", rows, " query blocks of ",
-         p.pattern.block_q);
-  }
+  if (rows > Mb) fail_block_rows(check.op(), Mb, rows, p.pattern.block_q);
   for (int64_t b = 0; b < p.pattern_batches(); ++b) {
     for (int64_t h = 0; h < p.pattern_heads(); ++h) {
-      const auto where = [&] { return " (batch " + std::to_string(b) + ", head " + std::to_string(h) + ")"; };
       int64_t previous = 0;
       for (int64_t m = 0; m <= Mb; ++m) {
         const int64_t start = *p.row_ptr(b, h, m);
-        if (start < previous) {
-          fail(check.op(), "row_ptr must not decrease and not be negative, got ", start, " after ", previous,
-               " at row ", m, where());
-        }
+        if (start < previous) fail_row_start(check.op(), start, previous, m, b, h);
         previous = start;
       }
-      if (previous > nnz) {
-        fail(check.op(), "row_ptr must end within the ", nnz, " entries of col_idx, got ", previous, where());
-      }
+      if (previous > nnz) fail_row_end(check.op(), nnz, previous, b, h);
       for (int64_t e = *p.row_ptr(b, h, 0); e < previous; ++e) {
         const int64_t col = p.col(b, h, e);
-        if (col < 0 || col >= columns) {
-          fail(check.op(), "col_idx: entry ", e, " names key block ", col, " of ", columns, where());
-        }
+        if (col < 0 || col >= columns) fail_key_block(check.op(), e, col, columns, b, h);
       }
     }
   }
@@ -131,7 +121,7 @@ void block_sparse_attention(const BlockSparseAttentionArgs& args, const Context&
   const BlockSparseProblem problem = check_attention(check, args, nullptr);
   by_device(
       check.op(), args.q, "q", [&] { cpu::block_sparse_attention(problem, threads_of(context)); },
-      [&] { fail(check.op(), "q must be on cpu, got ", device_name(args.q.device)); });
+      [&] { cuda::block_sparse_attention(problem, args.q.device, context); });
 }
 
 void block_sparse_attention_backward(const BlockSparseAttentionBackwardArgs& args, const Context& context) {

@@ -95,6 +95,12 @@ void ArgChecker::aligned_rows(const Tensor& t, const char* name) const {
   }
 }
 
+void ArgChecker::no_f32_on_card(const Tensor& t, const char* name) const {
+  if (device_.type == DeviceType::cuda && t.dtype == DType::f32) {
+    fail(op_, name, " must be bfloat16 or float16 on a card, got float32");
+  }
+}
+
 void ArgChecker::float_dtype(const Tensor& t, const char* name) const {
   if (t.dtype != DType::f32 && t.dtype != DType::bf16 && t.dtype != DType::f16) {
     fail(op_, name, " must be float32, bfloat16 or float16, got ", dtype_name(t.dtype));

@@ -46,6 +46,8 @@ class ArgChecker {
   void aligned_rows(const Tensor& t, const char* name) const;
   // bf16, f16 or f32.
   void float_dtype(const Tensor& t, const char* name) const;
+  // Where f32 would need another kind of matrix instruction; a no-op on the CPU.
+  void no_f32_on_card(const Tensor& t, const char* name) const;
   // The vector loads run along the last dimension.
   void last_stride_one(const Tensor& t, const char* name) const;
   // A written tensor may not visit one element twice through a zero stride.

@@ -36,6 +36,7 @@ GridProblem check_grid(const ArgChecker& check, const GridArgs& args, std::span<
   const DType dtype = args.q.dtype;
   const int n = static_cast<int>(q_tokens.size());
   check.float_dtype(args.q, "q");
+  check.no_f32_on_card(args.q, "q");
   check.tensor(args.q, "q", dtype, with(q_tokens, {{"Hq"}, {"D"}}));
   const int64_t num_q_heads = args.q.shape[n], head_dim = args.q.shape[n + 1];
   check.head_dim(head_dim, "q", "D");
@@ -55,6 +56,7 @@ GridProblem check_grid(const ArgChecker& check, const GridArgs& args, std::span<
   for (const auto& [t, name] : {std::pair(&args.q, "q"), {&args.k, "k"}, {&args.v, "v"}, {&args.out, "out"}}) {
     check.last_stride_one(*t, name);
   }
+  for (const auto& [t, name] : {std::pair(&args.q, "q"), {&args.k, "k"}, {&args.v, "v"}}) check.aligned_rows(*t, name);
   if (written) {
     check.writable(args.out, "out");
     check.writable(args.lse, "lse");
@@ -82,10 +84,13 @@ void check_grid_gradients(const ArgChecker& check, const GridArgs& args, const G
   const int n = args.q.ndim - 2;
   check.same_shape(gradients.grad_out, "grad_out", args.out, "out");
   check.last_stride_one(gradients.grad_out, "grad_out");
+  check.aligned_rows(gradients.grad_out, "grad_out");
+  check.aligned_rows(args.out, "out");
   check.same_shape(gradients.grad_lse, "grad_lse", args.lse, "lse");
   const auto written = [&](const Tensor& t, const char* name, const Tensor& as, const char* as_name) {
     check.same_shape(t, name, as, as_name);
     check.last_stride_one(t, name);
+    check.aligned_rows(t, name);
     check.writable(t, name);
     return grid_view(t, n);
   };

@@ -4,25 +4,13 @@
 
 #include <cstdint>
 
+#include "kvk/device/grid_view.h"
 #include "kvk/types.h"
 
 namespace kvk {
 
-inline constexpr int kGridDims = 4;
-
-// Element 0 of (token, head): data + sum of at[i] * stride[i] + head * head_stride.
-struct GridView {
-  void* data = nullptr;
-  int64_t stride[kGridDims] = {};  // elements; 0 for a dimension that the tensor does not have
-  int64_t head_stride = 0;
-
-  template <class T>
-  T* token(const int64_t* at) const {
-    T* p = static_cast<T*>(data);
-    for (int i = 0; i < kGridDims; ++i) p += at[i] * stride[i];
-    return p;
-  }
-};
+using device::GridView;
+using device::kGridDims;
 
 // t[T, H(, D)]: tokens are the last dimension of the grid.
 inline GridView packed_view(const Tensor& t) { return {t.data, {0, 0, 0, t.stride[0]}, t.stride[1]}; }

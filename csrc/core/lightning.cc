@@ -28,12 +28,9 @@ void check_rows(const ArgChecker& check, const Tensor& t, const char* name) {
   check.aligned_rows(t, name);
 }
 
-// On a card f32 would need another kind of matrix instruction.
 void check_dtype(const ArgChecker& check, const Tensor& q) {
   check.float_dtype(q, "q");
-  if (check.device().type == DeviceType::cuda && q.dtype == DType::f32) {
-    fail(check.op(), "q must be bfloat16 or float16 on a card, got float32");
-  }
+  check.no_f32_on_card(q, "q");
 }
 
 // q, k, v and, read on the CPU alone, the starts of the sequences.

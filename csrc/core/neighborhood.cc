@@ -6,6 +6,7 @@
 #include "core/grid_check.h"
 #include "core/neighborhood_problem.h"
 #include "cpu/backend.h"
+#include "cuda/backend.h"
 
 namespace kvk {
 namespace {
@@ -54,7 +55,7 @@ void neighborhood_attention(const NeighborhoodAttentionArgs& args, const Context
   const NeighborhoodProblem problem = check_attention(check, args, nullptr);
   by_device(
       check.op(), args.q, "q", [&] { cpu::neighborhood_attention(problem, threads_of(context)); },
-      [&] { fail(check.op(), "q must be on cpu, got ", device_name(args.q.device)); });
+      [&] { cuda::neighborhood_attention(problem, args.q.device, context); });
 }
 
 void neighborhood_attention_backward(const NeighborhoodAttentionBackwardArgs& args, const Context& context) {

@@ -182,9 +182,7 @@ PagedProblem check_queries(const ArgChecker& check, const Queries& args, const P
   check.tensor(args.q, "q", dtype, {{args.rows}, {"Hq"}, {"D", pool.head_dim}});
   check.last_stride_one(args.q, "q");
   check.aligned_rows(args.q, "q");
-  if (check.device().type == DeviceType::cuda && dtype == DType::f32) {
-    fail(check.op(), "q must be bfloat16 or float16 on a card, got float32");
-  }
+  check.no_f32_on_card(args.q, "q");
   if (num_q_heads < 1 || num_q_heads % pool.num_kv_heads != 0) {
     fail(check.op(), "q: the number of query heads must be a multiple of the ", pool.num_kv_heads,
          " kv heads of the pages, got ", num_q_heads);

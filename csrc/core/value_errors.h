@@ -55,6 +55,28 @@ namespace kvk {
   fail(op, name, " must name pages of the ", num_pages, " of its pool, got ", page, " at entry ", entry);
 }
 
+// Of a pattern of blocks: more query blocks than it has rows; then of its list of sequence b and head h.
+[[noreturn]] inline void fail_block_rows(const char* op, int64_t pattern_rows, int64_t rows, int64_t block_q) {
+  fail(op, "row_ptr: ", pattern_rows, " rows of blocks, but the longest sequence has ", rows, " query blocks of ",
+       block_q);
+}
+
+[[noreturn]] inline void fail_row_start(const char* op, int64_t start, int64_t previous, int64_t row, int64_t b,
+                                        int64_t h) {
+  fail(op, "row_ptr must not decrease and not be negative, got ", start, " after ", previous, " at row ", row,
+       " (batch ", b, ", head ", h, ")");
+}
+
+[[noreturn]] inline void fail_row_end(const char* op, int64_t num_entries, int64_t end, int64_t b, int64_t h) {
+  fail(op, "row_ptr must end within the ", num_entries, " entries of col_idx, got ", end, " (batch ", b, ", head ", h,
+       ")");
+}
+
+[[noreturn]] inline void fail_key_block(const char* op, int64_t entry, int64_t block, int64_t blocks, int64_t b,
+                                        int64_t h) {
+  fail(op, "col_idx: entry ", entry, " names key block ", block, " of ", blocks, " (batch ", b, ", head ", h, ")");
+}
+
 [[noreturn]] inline void fail_state_slot(int64_t row, int64_t slot, int64_t num_slots) {
   fail("lightning_decode", "slots: row ", row, " needs slot ", slot, " of a pool of ", num_slots);
 }

@@ -6,11 +6,11 @@
 // over the same kind of boxes with the tables turned round.
 #include <algorithm>
 #include <array>
-#include <limits>
 #include <utility>
 #include <vector>
 
 #include "core/neighborhood_problem.h"
+#include "core/neighborhood_tile.h"
 #include "cpu/backend.h"
 #include "cpu/grid.h"
 
@@ -20,7 +20,6 @@ namespace {
 // What unpacking a column and its share of the softmax cost, in rows of the matrix products.
 constexpr int64_t kColumnRows = 12;
 constexpr int64_t kRowStep = 12;  // rows are padded to a register block, of the widest level
-constexpr int kTileSizes[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128};
 
 // Columns [begin[i], end[i]) along one dimension that row i sees.
 struct Runs {
@@ -37,23 +36,14 @@ struct Runs {
   }
 };
 
-// The keys of every query, in a dilation group of `length` places (NATTEN's rule).
+// The keys of every query, in a dilation group of `length` places.
 Runs windows(const NeighborhoodAxis& axis, int64_t length) {
   Runs runs;
-  const int64_t w = axis.kernel_size, s = axis.stride;
-  for (int64_t i = 0; i < length; ++i) {
-    int64_t begin, end;
-    if (axis.is_causal) {
-      const int64_t leader = std::min(i / s * s + s - 1, length - 1);
-      begin = std::max<int64_t>(leader - w + 1, 0);
-      end = i + 1;
-    } else {
-      const int64_t leader = std::min(i / s * s + s / 2, length - 1);
-      begin = std::clamp<int64_t>(leader - w / 2, 0, length - w);
-      end = begin + w;
-    }
-    runs.begin.push_back(static_cast<int32_t>(begin));
-    runs.end.push_back(static_cast<int32_t>(end));
+  const device::NeighborhoodRule rule = rule_of(axis);
+  for (int32_t i = 0; i < length; ++i) {
+    const device::NeighborhoodRun keys = rule.keys(i, static_cast<int32_t>(length));
+    runs.begin.push_back(keys.begin);
+    runs.end.push_back(keys.end);
   }
   return runs;
 }
@@ -94,38 +84,22 @@ struct Plan3d {
         runs[static_cast<size_t>(d)][static_cast<size_t>(i)] = rows_are_queries ? std::move(keys) : turned(keys);
       }
     }
-    choose_tile(rows_are_queries ? p.group : 1);
+    choose(rows_are_queries ? p.group : 1);
     parts = rows_are_queries ? (p.group + heads - 1) / heads : 1;
     place(p);
   }
 
  private:
-  // The box of rows with the least work: columns visited, times rows and what a column costs besides.
-  void choose_tile(int group) {
-    std::array<std::vector<std::pair<int64_t, int64_t>>, 3> sizes;  // (tile, columns visited) of each dimension
+  void choose(int group) {
+    std::array<TileSizes, 3> sizes;
     for (size_t d = 0; d < 3; ++d) {
       const Runs& r = runs[d][0];
-      for (const int size : kTileSizes) {
-        sizes[d].emplace_back(size, r.visited(size));
-        if (size >= r.length()) break;
-      }
+      sizes[d] = tile_sizes(r.length(), [&](int64_t size) { return r.visited(size); });
     }
-    int64_t least = std::numeric_limits<int64_t>::max();
-    for (const auto& [x, columns_x] : sizes[0]) {
-      for (const auto& [y, columns_y] : sizes[1]) {
-        for (const auto& [z, columns_z] : sizes[2]) {
-          const int64_t n = x * y * z;
-          if (n > kGridTileTokens) continue;
-          const int64_t shared = heads_per_tile(group, n), rows = (n * shared + kRowStep - 1) / kRowStep * kRowStep;
-          const int64_t cost =
-              columns_x * columns_y * columns_z * (rows + kColumnRows) * ((group + shared - 1) / shared);
-          if (cost >= least) continue;
-          least = cost;
-          tile = {x, y, z};
-          heads = static_cast<int>(shared);
-        }
-      }
-    }
+    const NeighborhoodTile chosen = choose_tile(sizes, {kGridTileTokens, kRowStep, kColumnRows}, group,
+                                                [&](int64_t n) { return heads_per_tile(group, n); });
+    tile = chosen.size;
+    heads = chosen.heads;
   }
 
   void place(const NeighborhoodProblem& p) {

@@ -114,4 +114,13 @@ void lightning_decode(const LightningDecodeArgs& args, const Context& context) {
   run_checked("lightning_decode", args.q.device, args, context, check_state_slots, launch_lightning_decode);
 }
 
+void block_sparse_attention(const BlockSparseProblem& problem, Device device, const Context& context) {
+  run_checked("block_sparse_attention", device, problem, context, check_block_pattern, launch_block_sparse_attention);
+}
+
+void neighborhood_attention(const NeighborhoodProblem& problem, Device device, const Context& context) {
+  DriverLauncher launcher(device.index, context.cuda_stream);
+  launch_neighborhood_attention(problem, launcher);
+}
+
 }  // namespace kvk::cuda

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 
+#include "core/block_sparse_problem.h"
+#include "core/neighborhood_problem.h"
 #include "core/paged_problem.h"
 #include "kvk/context.h"
 #include "kvk/hadamard.h"
@@ -29,6 +31,8 @@ void decompress_pages(const DecompressPagesArgs& args, const Context& context);
 void lightning_attention(const LightningArgs& args, const Context& context);
 void lightning_attention_backward(const LightningBackwardArgs& args, const Context& context);
 void lightning_decode(const LightningDecodeArgs& args, const Context& context);
+void block_sparse_attention(const BlockSparseProblem& problem, Device device, const Context& context);
+void neighborhood_attention(const NeighborhoodProblem& problem, Device device, const Context& context);
 
 // Waits for the stream and copies from the card: what recording does (csrc/core/dump.h).
 void read_memory(Device device, void* stream, void* host, const void* from, size_t bytes);

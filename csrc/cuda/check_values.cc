@@ -1,6 +1,7 @@
 #include "cuda/check_values.h"
 
 #include "core/value_errors.h"
+#include "cuda/grid.h"
 #include "kvk/device/check_values_params.h"
 
 namespace kvk::cuda {
@@ -19,6 +20,7 @@ Kernel starts_kernel() { return {kHeader, "kvk::device::check_starts_kernel<" + 
 Kernel state_slots_kernel() {
   return {kHeader, "kvk::device::check_state_slots_kernel<" + std::to_string(kThreads) + ">"};
 }
+Kernel pattern_kernel() { return {kHeader, "kvk::device::check_pattern_kernel<" + std::to_string(kThreads) + ">"}; }
 Kernel select_kernel() { return {kHeader, "kvk::device::check_select_kernel<" + std::to_string(kThreads) + ">"}; }
 
 template <class Params>
@@ -160,8 +162,42 @@ void check_state_slots(const LightningDecodeArgs& args, Launcher& launcher, Work
   if (bad.kind == BadValue::kStateSlotAgain) fail_state_slot_again(bad.index, bad.value);
 }
 
+namespace {
+
+void check_sequences(const char* op, const Sequences& s, const char* name, const char* of, Launcher& launcher,
+                     Workspace& workspace) {
+  if (s.starts == nullptr) return;
+  device::CheckIdsParams params = {};
+  params.ids = s.starts;
+  params.stride = s.stride;
+  params.count = s.count + 1;
+  params.limit = s.total;
+  fail_starts(op, name, s.total, of, find_bad_value(starts_kernel(), params, launcher, workspace));
+}
+
+}  // namespace
+
+void check_block_pattern(const BlockSparseProblem& p, Launcher& launcher, Workspace& workspace) {
+  const char* op = p.grad_out.data == nullptr ? "block_sparse_attention" : "block_sparse_attention_backward";
+  check_sequences(op, p.queries, "cu_seqlens_q", "tokens of q", launcher, workspace);
+  check_sequences(op, p.keys, "cu_seqlens_k", "tokens of k", launcher, workspace);
+  device::CheckPatternParams params = {};
+  params.pattern = pattern_params(p);
+  params.batches = static_cast<int32_t>(p.pattern_batches());
+  params.heads = static_cast<int32_t>(p.pattern_heads());
+  const BadValue bad = find_bad_value(pattern_kernel(), params, launcher, workspace);
+  switch (bad.kind) {
+    case BadValue::kBlockRows: fail_block_rows(op, params.pattern.block_rows, bad.value, p.pattern.block_q);
+    case BadValue::kRowStart: fail_row_start(op, bad.value, bad.other, bad.entry, bad.index, bad.head);
+    case BadValue::kRowEnd: fail_row_end(op, params.pattern.num_entries, bad.value, bad.index, bad.head);
+    case BadValue::kKeyBlock: fail_key_block(op, bad.entry, bad.value, bad.other, bad.index, bad.head);
+    default: return;
+  }
+}
+
 std::vector<Kernel> check_kernels() {
-  return {table_kernel(), slots_kernel(), ids_kernel(), select_kernel(), starts_kernel(), state_slots_kernel()};
+  return {table_kernel(),  slots_kernel(),       ids_kernel(),    select_kernel(),
+          starts_kernel(), state_slots_kernel(), pattern_kernel()};
 }
 
 }  // namespace kvk::cuda

@@ -17,6 +17,8 @@ void check_decompress_ids(const DecompressPagesArgs& args, Launcher& launcher, W
 // The starts of packed sequences, if there are any.
 void check_lightning_starts(const LightningArgs& args, Launcher& launcher, Workspace& workspace);
 void check_lightning_backward_starts(const LightningBackwardArgs& args, Launcher& launcher, Workspace& workspace);
+// Starts of the sequences, and the pattern's rows and blocks.
+void check_block_pattern(const BlockSparseProblem& p, Launcher& launcher, Workspace& workspace);
 void check_state_slots(const LightningDecodeArgs& args, Launcher& launcher, Workspace& workspace);
 
 // The kernels of all.

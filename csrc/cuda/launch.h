@@ -5,9 +5,12 @@
 #include <string>
 #include <vector>
 
+#include "core/block_sparse_problem.h"
+#include "core/neighborhood_problem.h"
 #include "core/paged_problem.h"
 #include "cuda/launcher.h"
 #include "kvk/device/hadamard_params.h"
+#include "kvk/device/paged_prefill_params.h"
 #include "kvk/hadamard.h"
 #include "kvk/lightning.h"
 #include "kvk/paged.h"
@@ -38,12 +41,15 @@ void launch_decompress_pages(const DecompressPagesArgs& args, Launcher& launcher
 void launch_lightning_attention(const LightningArgs& args, Launcher& launcher);
 void launch_lightning_attention_backward(const LightningBackwardArgs& args, Launcher& launcher, Workspace& workspace);
 void launch_lightning_decode(const LightningDecodeArgs& args, Launcher& launcher);
+void launch_block_sparse_attention(const BlockSparseProblem& p, Launcher& launcher);
+void launch_neighborhood_attention(const NeighborhoodProblem& p, Launcher& launcher);
 
 // The kernels that precompile compiles when it is not told which: common head dims, no score options.
 std::vector<Kernel> default_kernels();
 std::vector<Kernel> default_quant_kernels();
 std::vector<Kernel> default_sparse_kernels();
 std::vector<Kernel> default_lightning_kernels();
+std::vector<Kernel> default_grid_kernels();
 
 // "kvk::device::NAME<kvk::device::bf16, ARG, ..>"
 std::string kernel_type(DType dtype);
@@ -52,6 +58,8 @@ std::string kernel_type(DType dtype);
 bool rows_on_16_bytes(const Tensor& t);
 // All dimensions of t but the last ones.
 device::RowGrid row_grid(const Tensor& t, int trailing);
+// Rows that no kernel owns, behind the last of the starts in params.problem: out 0 and lse -inf.
+void launch_clear_unowned(const device::PagedPrefillParams& params, DType dtype, Launcher& launcher);
 Kernel hadamard_kernel(DType dtype, int64_t n, bool transpose);
 
 // Blocks along x, of kernels that loop over what is left.

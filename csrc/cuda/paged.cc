@@ -177,9 +177,7 @@ void launch_tiled(const PagedProblem& p, const PageFormat& format, Launcher& lau
       format, launcher, prefill_kernel(p.dtype, p.head_dim, p.head_dim_v, score_parts(p), small, format),
       {static_cast<uint32_t>(tiles), static_cast<uint32_t>(p.num_kv_heads), 1}, PagedPrefillShape::kThreads,
       shape.shared_bytes(), params);
-  const int64_t rows = p.num_tokens * p.num_kv_heads * p.group;
-  launch(launcher, {kPrefillHeader, instance("clear_unowned_kernel", p.dtype, p.head_dim_v)},
-         {static_cast<uint32_t>(device::ceil_div<int64_t>(rows, 4)), 1, 1}, 128, 0, params);
+  launch_clear_unowned(params, p.dtype, launcher);
 }
 
 void launch_attention(const PagedProblem& problem, const PageFormat& format, int64_t list_entries, Launcher& launcher,
@@ -201,6 +199,13 @@ Tensor rows_tensor(const PagedProblem& p, const RowsView& rows, int64_t dim) {
 }
 
 }  // namespace
+
+void launch_clear_unowned(const PagedPrefillParams& params, DType dtype, Launcher& launcher) {
+  const device::PagedProblem& p = params.problem;
+  const int64_t rows = p.num_tokens * p.num_kv_heads * p.group;
+  launch(launcher, {kPrefillHeader, instance("clear_unowned_kernel", dtype, p.head_dim_v)},
+         {static_cast<uint32_t>(device::ceil_div<int64_t>(rows, 4)), 1, 1}, 128, 0, params);
+}
 
 void launch_paged_attention(const PagedProblem& problem, int64_t list_entries, Launcher& launcher,
                             Workspace& workspace) {
@@ -236,6 +241,7 @@ std::vector<Kernel> default_kernels() {
   for (const Kernel& kernel : default_quant_kernels()) kernels.push_back(kernel);
   for (const Kernel& kernel : default_sparse_kernels()) kernels.push_back(kernel);
   for (const Kernel& kernel : default_lightning_kernels()) kernels.push_back(kernel);
+  for (const Kernel& kernel : default_grid_kernels()) kernels.push_back(kernel);
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const int bits : {2, 4}) {  // KIVI
       QuantPools pools = {};

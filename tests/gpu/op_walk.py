@@ -14,7 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kvk
 import torch
+from block_sparse_cases import make_case as make_blocks
 from card import Card, CudaCard, EmulatedCard
+from grid_card import check as check_grid
 from kvk import reference
 from kvk.reference.sparse import pack_bitmap
 from kvk_testing import assert_bit_equal
@@ -25,6 +27,7 @@ from test_cuda_ops_lightning import check as check_forward
 from test_cuda_ops_lightning import make
 from test_cuda_ops_lightning_grad import check as check_backward
 from test_lightning import decode_case
+from test_neighborhood import make_case as make_boxes
 
 BF16 = {"dtype": torch.bfloat16, "head_dim": 64}
 F16 = {"dtype": torch.float16, "head_dim": 32, "head_dim_v": 40}
@@ -61,7 +64,7 @@ def walk(card: Card) -> int:
         torch.testing.assert_close(merged[1].cpu().double(), exact[1], rtol=1e-4, atol=1e-4)
         grads = card.ops.merge_states_backward(*merged, *parts)
         assert all(bool(grad.isfinite().all()) for grad in grads)
-    return len(cases) + 6 + walk_quantized(card) + walk_sparse(card) + walk_lightning(card)
+    return len(cases) + 6 + walk_quantized(card) + walk_sparse(card) + walk_lightning(card) + walk_grid(card)
 
 
 def walk_quantized(card: Card) -> int:
@@ -130,6 +133,17 @@ def walk_lightning(card: Card) -> int:
         torch.testing.assert_close(out.cpu().float(), right.float(), rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(pool.cpu(), args[3], rtol=1e-5, atol=1e-5)
     return 5
+
+
+def walk_grid(card: Card) -> int:
+    """Blocks in tiles of 128 rows and of 64, boxes in three dimensions."""
+    lens = [70, 0, 129], [164, 40, 60]
+    for block_q in (16, 96):
+        check_grid(card, make_blocks(*lens, block_q=block_q, causal=True, bias=True, padding_rows=2, **F16))
+    check_grid(
+        card, make_boxes((5, 6, 9), (3, 2, 4), stride=(2, 1, 3), is_causal=(False, True, True), **BF16)
+    )
+    return 3
 
 
 def walk_attention(card: Card, fmt: kvk.QuantFormat | kvk.BitmapFormat) -> int:

@@ -258,4 +258,80 @@ check_select_kernel(const __grid_constant__ CheckSelectParams p) {
   *p.found = bad;
 }
 
+// The most blocks of `size` tokens that a sequence has, in every thread.
+template <int kThreads>
+KVK_DEVICE int64_t most_blocks(const PackedSequences& sequences, int32_t size) {
+  int64_t most = 0;
+  for (int32_t b = threadIdx.x; b < sequences.count; b += kThreads) {
+    const int64_t blocks = ceil_div(sequences.len(b), size);
+    if (blocks > most) most = blocks;
+  }
+  return static_cast<int64_t>(~block_min<kThreads>(~static_cast<uint64_t>(most)));
+}
+
+// The first thing wrong with the lists of one batch and head: a start, then the end, then a block. 2 bits of what, 31 of where.
+KVK_DEVICE uint64_t judge_pattern(const CheckPatternParams& p, int64_t b, int64_t h, int64_t columns) {
+  const BlockSparseParams& pattern = p.pattern;
+  const int lane = threadIdx.x % 32;
+  const auto start = [&](int64_t m) -> int64_t { return *pattern.row_ptr.at(b, h, m); };
+  const auto first_of = [](uint64_t key) {
+    KVK_UNROLL
+    for (int step = 16; step > 0; step /= 2) {
+      const uint64_t other = __shfl_xor_sync(0xffffffffu, key, step);
+      key = other < key ? other : key;
+    }
+    return key;
+  };
+  uint64_t first = kAllGood;
+  for (int64_t m = lane; m <= pattern.block_rows && first == kAllGood; m += 32) {
+    if (start(m) < (m > 0 ? start(m - 1) : 0)) first = static_cast<uint64_t>(m);
+  }
+  first = first_of(first);
+  if (first != kAllGood) return first;
+  const int64_t end = start(pattern.block_rows);
+  if (end > pattern.num_entries) return uint64_t{1} << 31;
+  for (int64_t e = start(0) + lane; e < end && first == kAllGood; e += 32) {
+    const int32_t column = *pattern.col_idx.at(b, h, e);
+    if (column < 0 || column >= columns) first = uint64_t{2} << 31 | static_cast<uint64_t>(e);
+  }
+  return first_of(first);
+}
+
+template <int kThreads>
+KVK_KERNEL(kThreads, 1)
+check_pattern_kernel(const __grid_constant__ CheckPatternParams p) {
+  const BlockSparseParams& pattern = p.pattern;
+  const int64_t rows = most_blocks<kThreads>(pattern.queries, pattern.block_q);
+  const int64_t columns = most_blocks<kThreads>(pattern.keys, pattern.block_k);
+  uint64_t first = kAllGood;  // the list's number, and what is wrong with it
+  for (int64_t list = threadIdx.x / 32; list < int64_t{p.batches} * p.heads && first == kAllGood;
+       list += kThreads / 32) {
+    const uint64_t wrong = judge_pattern(p, list / p.heads, list % p.heads, columns);
+    if (wrong != kAllGood) first = static_cast<uint64_t>(list) << 33 | wrong;
+  }
+  first = block_min<kThreads>(first);
+  if (threadIdx.x != 0) return;
+  BadValue bad;
+  if (rows > pattern.block_rows) {
+    bad.kind = BadValue::kBlockRows;
+    bad.value = rows;
+  } else if (first != kAllGood) {
+    const int64_t list = static_cast<int64_t>(first >> 33);
+    bad.index = list / p.heads;
+    bad.head = list % p.heads;
+    bad.entry = static_cast<int64_t>(first & 0x7fffffff);
+    const uint64_t what = first >> 31 & 3;
+    bad.kind = what == 0 ? BadValue::kRowStart : what == 1 ? BadValue::kRowEnd : BadValue::kKeyBlock;
+    if (what == 2) {
+      bad.value = *pattern.col_idx.at(bad.index, bad.head, bad.entry);
+      bad.other = columns;
+    } else {
+      const int64_t row = what == 1 ? pattern.block_rows : bad.entry;
+      bad.value = *pattern.row_ptr.at(bad.index, bad.head, row);
+      bad.other = row > 0 ? *pattern.row_ptr.at(bad.index, bad.head, row - 1) : 0;
+    }
+  }
+  *p.found = bad;
+}
+
 }  // namespace kvk::device

@@ -1,6 +1,7 @@
 // Parameters of the kernels that check values on a card (KVK_CHECK=1), and what they find.
 #pragma once
 
+#include "kvk/device/block_sparse_params.h"
 #include "kvk/device/paged_problem.h"
 
 namespace kvk::device {
@@ -23,10 +24,15 @@ struct BadValue {
     kSelected,         // value: elements that a row selects; index: the row, of all
     kStateSlot,        // value: the slot; index: the row
     kStateSlotAgain,   // the same, of a slot that an earlier row names
+    kBlockRows,        // value: query blocks of the longest sequence
+    kRowStart,  // value: where row `entry` of a pattern starts; other: where the one before it does; index: the batch
+    kRowEnd,    // value: where the last row ends; index: the batch
+    kKeyBlock,  // value: the block that `entry` names; other: blocks of the longest sequence; index: the batch
   };
   Kind kind = kNone;
   int32_t of_queries = 0;  // starts: of qo_indptr, not of page_indptr
   int64_t index = 0, entry = 0, value = 0, other = 0;
+  int64_t head = 0;  // of a pattern
 };
 
 struct CheckTableParams {
@@ -47,6 +53,12 @@ struct CheckSlotsParams {
 struct CheckIdsParams {
   const int32_t* ids;
   int64_t stride, count, limit;  // an id is below the limit
+  BadValue* found;
+};
+
+struct CheckPatternParams {
+  BlockSparseParams pattern;
+  int32_t batches, heads;  // of the pattern
   BadValue* found;
 };
 

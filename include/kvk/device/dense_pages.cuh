@@ -6,6 +6,7 @@
 #include "kvk/device/paged_item.cuh"
 #include "kvk/device/paged_prefill_params.h"
 #include "kvk/device/smem.h"
+#include "kvk/device/tile_products.cuh"
 
 namespace kvk::device {
 
@@ -119,23 +120,16 @@ class DensePages::PrefillTiles {
 
   // Starts the copies of a tile; all threads of the block.
   KVK_DEVICE void load(const Item&, int stage, int32_t, const KeyPlace* places) const {
-    copy<Config::kHeadDim, Config::kDim, Config::kPitch>(k_ + stage * kTileK, static_cast<const T*>(p_.k.data), places,
-                                                         &KeyPlace::k);
-    copy<Config::kHeadDimV, Config::kDimV, Config::kPitchV>(v_ + stage * kTileV, static_cast<const T*>(p_.v.data),
-                                                            places, &KeyPlace::v);
+    copy<Config::kHeadDim, Config::kDim, Config::kPitch>(k_ + stage * kTileK, p_.k.data, places, &KeyPlace::k);
+    copy<Config::kHeadDimV, Config::kDimV, Config::kPitchV>(v_ + stage * kTileV, p_.v.data, places, &KeyPlace::v);
   }
   KVK_DEVICE void tile(const Item&, int, int32_t, const KeyPlace*) const {}
 
  private:
   template <int kUsed, int kPadded, int kPitch>
-  KVK_DEVICE static void copy(T* to, const T* from, const KeyPlace* places, int64_t KeyPlace::* offset) {
-    constexpr int kChunks = kPadded / 8;
-    KVK_NO_UNROLL
-    for (int i = threadIdx.x; i < Config::kKeys * kChunks; i += Config::kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const bool valid = places[row].visible && chunk * 8 < kUsed;
-      ptx::cp_async<16>(to + row * kPitch + chunk * 8, from + (valid ? places[row].*offset + chunk * 8 : 0), valid);
-    }
+  KVK_DEVICE static void copy(T* to, const void* from, const KeyPlace* places, int64_t KeyPlace::* offset) {
+    copy_rows<kUsed, kPadded, kPitch, Config::kThreads>(
+        to, from, Config::kKeys, [&](int row) { return places[row].visible ? places[row].*offset : kNoRow; });
   }
 
   const PagedProblem& p_;

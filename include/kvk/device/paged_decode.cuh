@@ -15,6 +15,7 @@
 #include "kvk/device/score.cuh"
 #include "kvk/device/smem.h"
 #include "kvk/device/softmax.cuh"
+#include "kvk/device/tile_products.cuh"
 #include "kvk/device/types.h"
 
 namespace kvk::device {
@@ -27,7 +28,7 @@ class DecodeRows {
   static constexpr int kSteps = Config::kDim / 16, kTilesV = Config::kDimV / 8;
 
   KVK_DEVICE DecodeRows(const PagedProblem& p, const T* queries, int lane)
-      : p_(p), score_(p), queries_(queries), lane_(lane) {
+      : p_(p), score_(p.softmax_scale, p.logits_soft_cap), queries_(queries), lane_(lane) {
     if constexpr (Config::kQueriesInRegisters) {
       KVK_UNROLL
       for (int step = 0; step < kSteps; ++step) ptx::ldmatrix(q_[step], query_row(step));

@@ -120,20 +120,4 @@ KVK_DEVICE void load_rotated_queries(const Params& params, const PagedItem<Confi
   }
 }
 
-// Whether a warp finds neither NaN nor infinities in `rows` rows of 16-bit elements in shared memory.
-template <int kColumns, int kPitch, class T>
-KVK_DEVICE bool tile_is_finite(const T* tile, int rows, int lane) {
-  constexpr uint32_t kExponent = kSameType<T, bf16> ? 0x7f80u : 0x7c00u;
-  constexpr int kChunks = kColumns / 8;
-  bool bad = false;
-  for (int i = lane; i < rows * kChunks; i += 32) {
-    const Words<4> words = load_words<4>(tile + i / kChunks * kPitch + i % kChunks * 8);
-    KVK_UNROLL
-    for (int w = 0; w < 4; ++w) {
-      bad |= (words.w[w] & kExponent) == kExponent || (words.w[w] >> 16 & kExponent) == kExponent;
-    }
-  }
-  return !__any_sync(0xffffffffu, bad);
-}
-
 }  // namespace kvk::device

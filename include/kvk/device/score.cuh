@@ -2,7 +2,6 @@
 // log2(e), ready for ex2.
 #pragma once
 
-#include "kvk/device/paged_problem.h"
 #include "kvk/device/types.h"
 
 namespace kvk::device {
@@ -29,9 +28,9 @@ struct Score {
   float scale;      // softmax scale, times log2(e) unless a soft cap follows
   float cap, rcap;  // cap * log2(e) and 1 / cap
 
-  KVK_DEVICE explicit Score(const PagedProblem& p)
-      : scale(p.softmax_scale * (kParts & kSoftCap ? 1.0f : kLog2e)), cap(p.logits_soft_cap * kLog2e),
-        rcap(kParts & kSoftCap ? 1.0f / p.logits_soft_cap : 0.0f) {}
+  KVK_DEVICE explicit Score(float softmax_scale, float soft_cap = 0.0f)
+      : scale(softmax_scale * (kParts & kSoftCap ? 1.0f : kLog2e)), cap(soft_cap * kLog2e),
+        rcap(kParts & kSoftCap ? 1.0f / soft_cap : 0.0f) {}
 
   // slope: of this query head; distance: |query position - key position|; bias: of this key.
   KVK_DEVICE float operator()(float qk, float slope, float distance, float bias) const {

@@ -287,6 +287,19 @@ void lightning_decode(const LightningDecodeArgs& args, const Context&) {
   launch_lightning_decode(args, launcher);
 }
 
+void block_sparse_attention(const BlockSparseProblem& problem, Device, const Context&) {
+  check_first([&](Launcher& launcher, Workspace& workspace) { check_block_pattern(problem, launcher, workspace); });
+  const Call call({problem.out.data, problem.lse.data});
+  NotedLauncher launcher;
+  launch_block_sparse_attention(problem, launcher);
+}
+
+void neighborhood_attention(const NeighborhoodProblem& problem, Device, const Context&) {
+  const Call call({problem.out.data, problem.lse.data});
+  NotedLauncher launcher;
+  launch_neighborhood_attention(problem, launcher);
+}
+
 }  // namespace cuda
 
 // ---------------------------------------------------------------------------------------------- csrc/cpu
@@ -313,6 +326,11 @@ void decompress_pages(const DecompressPagesArgs&, Threads&) { unexpected(); }
 void lightning_attention(const LightningArgs&, Threads&) { unexpected(); }
 void lightning_attention_backward(const LightningBackwardArgs&, Threads&) { unexpected(); }
 void lightning_decode(const LightningDecodeArgs&, Threads&) { unexpected(); }
+void block_sparse_attention(const BlockSparseProblem&, Threads&) { unexpected(); }
+void block_sparse_attention_backward(const BlockSparseProblem&, Threads&) { unexpected(); }
+void vertical_slash_attention(const VerticalSlashProblem&, Threads&) { unexpected(); }
+void neighborhood_attention(const NeighborhoodProblem&, Threads&) { unexpected(); }
+void neighborhood_attention_backward(const NeighborhoodProblem&, Threads&) { unexpected(); }
 
 }  // namespace cpu
 }  // namespace kvk

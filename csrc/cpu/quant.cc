@@ -85,15 +85,15 @@ struct Side {
   bool joint() const { return part.rotate > 1 || permutation.channels != nullptr; }
 };
 
-// Pages of one side: dense page `from` and record `to`, for kv head `head`.
-void quantize_record(const Side& side, int64_t page_size, int64_t from, int64_t to, int64_t head) {
+// Pages of one side: dense page `from` and record `to`, for kv head `head`; ahead: the rows that come next, or null.
+void quantize_record(const Side& side, int64_t page_size, int64_t from, int64_t to, int64_t head, const void* ahead) {
   uint8_t* record = record_at(side.pool, to, head);
   QuantBlock block = record_block(side.part, page_size, side.dim, record);
   block.clip = side.clip;
   block.dtype = side.pages.dtype;
   block.x = dense_at(side.pages, from, head);
   block.token_stride = side.pages.stride[1];
-  if (head + 1 < side.pages.shape[2]) block.ahead = dense_at(side.pages, from, head + 1);
+  block.ahead = ahead;
   kernels().quantize_block(block);
   clear_padding(side.part, page_size, side.dim, record);
 }
@@ -175,7 +175,10 @@ void quantize_pages(const QuantizePagesArgs& args, Threads& threads) {
     const Side& side = is_v ? v : k;
     const int64_t from = id_at(args.src, i);
     const int64_t to = id_at(args.dst, i);
-    if (!side.joint()) return quantize_record(side, format.page_size, from, to, head);
+    if (!side.joint()) {
+      const void* ahead = rows_ahead(args.src, args.k_pages, args.v_pages, i, head, is_v);
+      return quantize_record(side, format.page_size, from, to, head, ahead);
+    }
     const int64_t heads = side.part.joint_heads();
     if (head % heads == 0) quantize_group(side, format.page_size, from, to, head / heads);
   });

@@ -214,7 +214,21 @@ inline V load_half(const T* p) {
 }
 #endif
 
-inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Into L2, to be read; and into L1, to be written. Volatile: GCC takes a function that only prefetches for one without effects, and drops its calls.
+inline void prefetch_l2(const void* p) {
+#if defined(__SSE2__)
+  asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
+inline void prefetch_to_write(void* p) {
+#if defined(__SSE2__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<char*>(p)));
+#else
+  __builtin_prefetch(p, 1, 3);
+#endif
+}
 
 // --- sums across lanes -----------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ void compress_pages(const CompressPagesArgs& args, Threads& threads) {
     block.dtype = pages.dtype;
     block.x = dense_at(pages, id_at(args.src, i), head);
     block.token_stride = pages.stride[1];
+    block.ahead = rows_ahead(args.src, args.k_pages, args.v_pages, i, head, is_v);
     const std::optional<Tensor>& select = is_v ? args.v_select : args.k_select;
     if (select) {
       const int64_t size = element_size(select->dtype);

@@ -18,6 +18,7 @@ struct SparseBlock {
   const char* select;
   DType select_dtype;
   int64_t select_stride;  // bytes
+  const void* ahead;      // compress only: x of the block that comes next, with the same strides, or null
 };
 
 }  // namespace kvk::cpu

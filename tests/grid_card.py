@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from block_sparse_cases import check_results
-from card import Card
+from card import Card, EmulatedCard
 from kvk import reference
+from kvk_testing import assert_bit_equal
 from torch import Tensor
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -50,6 +52,47 @@ def run(card: Card, case: Any) -> tuple[Tensor, Tensor]:
 def check(card: Card, case: Any) -> tuple[Tensor, Tensor]:
     out, lse = run(card, case)
     return check_results(case, out, lse, getattr(reference, name_of(case)))
+
+
+def backward(
+    card: Card, case: Any, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+) -> list[Tensor]:
+    """dq, dk and dv on the CPU."""
+    args, options = call_args(case)
+    args = card.put([grad_out, grad_lse, *args[:3], out, lse, *args[3:]])
+    got = getattr(card.ops, name_of(case) + "_backward")(*args, **card.put_options(options))
+    return [x.cpu() for x in got]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, card, case):
+        ctx.card, ctx.case = card, case.with_(q=q.detach(), k=k.detach(), v=v.detach())
+        out, lse = run(card, ctx.case)
+        ctx.save_for_backward(out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        grads = (x.contiguous() for x in (grad_out, grad_lse))
+        return *backward(ctx.card, ctx.case, *ctx.saved_tensors, *grads), None, None
+
+
+def differentiable(card: Card, case: Any) -> Any:
+    """The op on the card as a function of q, k and v, with its gradient."""
+    return lambda q, k, v, *_, **__: _Attention.apply(q, k, v, card, case)
+
+
+def check_other_order(card: Card, call: Callable[[], Sequence[Tensor]], want: Sequence[Tensor]) -> None:
+    """The same bits in another order of threads and blocks, which the emulator can be told."""
+    if not isinstance(card, EmulatedCard):
+        return
+    try:
+        card.ops._emulate(4, 5)
+        for got, right in zip(call(), want, strict=True):
+            assert_bit_equal(got, right)
+    finally:
+        card.ops._emulate(4, -1)
 
 
 def turned(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import kernel_table
 import pytest
@@ -92,6 +93,23 @@ def test_odd_head_dims_compile(head_dim, head_dim_v):
             f"kvk::device::{name}<kvk::device::{config}<kvk::device::bf16, {head_dim}, {head_dim_v}, {tail}>>"
         )
         assert cuda.compile_kernel(cuda.Kernel(header, expression), "sm_90a").registers > 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_wide_attention_over_ordinary_tensors_fits_its_registers(arch):
+    for header, kernel, config in (
+        ("grid", "grid_attention_kernel", "GridConfig<f16, 256, 256, Neighborhood, 0>"),
+        ("grid", "grid_attention_kernel", "GridConfig<bf16, 256, 256, BlockSparse, 4, true>"),
+        (
+            "grid_gradient",
+            "grid_gradient_kernel",
+            "GridGradientConfig<f16, 256, 256, BlockSparse, true, 1, 4>",
+        ),
+    ):
+        expression = re.sub(r"([A-Za-z]\w*)(?=[<,])", r"kvk::device::\1", f"{kernel}<{config}>")
+        expression = expression.replace("kvk::device::true", "true")
+        compiled = cuda.compile_kernel(cuda.Kernel(f"kvk/device/{header}.cuh", expression), arch)
+        assert compiled.stack_bytes == 0 and compiled.spill_store_bytes == 0, (expression, compiled.registers)
 
 
 def test_list_of_default_kernels():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import test_cuda_ops_block_sparse
+import test_cuda_ops_grid_grad
 import test_cuda_ops_hadamard
 import test_cuda_ops_lightning
 import test_cuda_ops_neighborhood
@@ -44,6 +45,7 @@ def test_every_kernel_of_the_emulated_library_is_launched():
         test_cuda_ops_lightning.launch_every_kernel(card)
         test_cuda_ops_block_sparse.launch_every_kernel(card)
         test_cuda_ops_neighborhood.launch_every_kernel(card)
+        test_cuda_ops_grid_grad.launch_every_kernel(card)
     finally:
         card.ops._check_values(False)
     test_cuda_ops_hadamard.launch_every_kernel(card)

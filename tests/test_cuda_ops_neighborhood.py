@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from card import Card, EmulatedCard
-from grid_card import KINDS, call_args, check, of_kind, run, turned
+from grid_card import KINDS, call_args, check, check_other_order, of_kind, run, turned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk import reference
@@ -41,11 +41,11 @@ def test_shapes(card: Card, kind, shape):
     check(card, make(kind, extents, kernel, **options))
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (2, 3), (1, 5), (1, 130)])
+@pytest.mark.parametrize("heads", [(1, 1), (2, 3), (1, 5), (1, 70)])
 def test_heads(card: Card, heads):
     """Heads that share a tile, and more than one takes."""
     num_kv_heads, group = heads
-    extents = (2, 3) if group > 100 else (7, 8)
+    extents = (2, 2) if group > 60 else (7, 8)
     check(card, make("f16", extents, 2, num_kv_heads=num_kv_heads, group=group))
 
 
@@ -69,13 +69,7 @@ def test_batch_and_strides(card: Card):
     apart = case.with_(q=turned(case.q), k=turned(case.k), v=turned(case.v))
     for got, right in zip(run(card, apart), want, strict=True):
         assert_bit_equal(got, right)
-    if isinstance(card, EmulatedCard):
-        try:
-            card.ops._emulate(4, 5)
-            for got, right in zip(run(card, case), want, strict=True):
-                assert_bit_equal(got, right)
-        finally:
-            card.ops._emulate(4, -1)
+    check_other_order(card, lambda: run(card, case), want)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

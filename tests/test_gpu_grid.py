@@ -12,7 +12,7 @@ import pytest
 import torch
 from block_sparse_cases import make_case as make_blocks
 from card import CudaCard
-from grid_card import run
+from grid_card import name_of, run
 from kvk_testing import assert_bit_equal
 from test_gpu_graphs import capture
 from test_gpu_paged import room_for
@@ -63,14 +63,43 @@ def test_large_neighborhoods(card, dtype, dim, shape):
     )
 
 
+def autograd(case: Any, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """dq, dk and dv of a random sum of out and lse, by the op's own autograd."""
+    gen = torch.Generator().manual_seed(1)
+    leaves = [x.to(device, dtype).requires_grad_() for x in (case.q, case.k, case.v)]
+    rest = [x.to(device) if isinstance(x, torch.Tensor) else x for x in case.args[3:]]
+    options = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.options.items()}
+    out, lse = getattr(kvk, name_of(case))(*leaves, *rest, **options)
+    grads = [torch.randn(x.shape, generator=gen).to(device, x.dtype) for x in (out, lse)]
+    lse = torch.where(lse == -torch.inf, 0.0, lse)
+    return [x.float().cpu() for x in torch.autograd.grad([out, lse], leaves, grads)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (96, 200)])
+@pytest.mark.parametrize("family", ["blocks", "boxes"])
+def test_gradients_of_large_inputs(card, dtype, dims, family):
+    """Through autograd, against the CPU's in fp32."""
+    form = {"head_dim": dims[0], "head_dim_v": dims[1], "dtype": dtype}
+    if family == "blocks":
+        case = make_blocks([1500, 1, 900], causal=True, per_head=True, block_q=64, block_k=48, **form)
+    else:
+        case = make_boxes((40, 45), 9, dilation=(1, 2), num_kv_heads=2, **form)
+    wants = autograd(case, "cpu", torch.float32)
+    eps = torch.finfo(dtype).eps
+    for got, want in zip(autograd(case, "cuda", dtype), wants, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=4 * eps * want.abs().amax().item())
+
+
 def test_the_same_bits_every_time(card):
     for case in (
         make_blocks([4000], causal=True, num_kv_heads=8, dtype=torch.bfloat16),
         make_boxes((64, 64), 13, num_kv_heads=4, head_dim=64, dtype=torch.bfloat16),
     ):
-        want = run(card, case)
+        want = *run(card, case), *autograd(case, "cuda", torch.bfloat16)
         for _ in range(5):
-            for got, right in zip(run(card, case), want, strict=True):
+            again = *run(card, case), *autograd(case, "cuda", torch.bfloat16)
+            for got, right in zip(again, want, strict=True):
                 assert_bit_equal(got, right)
 
 

@@ -131,7 +131,7 @@ void block_sparse_attention_backward(const BlockSparseAttentionBackwardArgs& arg
   const BlockSparseProblem problem = check_attention(check, args.forward, &gradients);
   by_device(
       check.op(), args.forward.q, "q", [&] { cpu::block_sparse_attention_backward(problem, threads_of(context)); },
-      [&] { fail(check.op(), "q must be on cpu, got ", device_name(args.forward.q.device)); });
+      [&] { cuda::block_sparse_attention_backward(problem, args.forward.q.device, context); });
 }
 
 void vertical_slash_attention(const VerticalSlashAttentionArgs& args, const Context& context) {

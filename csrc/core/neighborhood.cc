@@ -65,7 +65,7 @@ void neighborhood_attention_backward(const NeighborhoodAttentionBackwardArgs& ar
   const NeighborhoodProblem problem = check_attention(check, args.forward, &gradients);
   by_device(
       check.op(), args.forward.q, "q", [&] { cpu::neighborhood_attention_backward(problem, threads_of(context)); },
-      [&] { fail(check.op(), "q must be on cpu, got ", device_name(args.forward.q.device)); });
+      [&] { cuda::neighborhood_attention_backward(problem, args.forward.q.device, context); });
 }
 
 }  // namespace kvk

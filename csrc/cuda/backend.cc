@@ -123,4 +123,18 @@ void neighborhood_attention(const NeighborhoodProblem& problem, Device device, c
   launch_neighborhood_attention(problem, launcher);
 }
 
+void block_sparse_attention_backward(const BlockSparseProblem& problem, Device device, const Context& context) {
+  const char* op = "block_sparse_attention_backward";
+  ContextWorkspace workspace(op, device, context);
+  run_checked(op, device, problem, context, check_block_pattern, [&](const BlockSparseProblem& p, Launcher& launcher) {
+    launch_block_sparse_attention_backward(p, launcher, workspace);
+  });
+}
+
+void neighborhood_attention_backward(const NeighborhoodProblem& problem, Device device, const Context& context) {
+  DriverLauncher launcher(device.index, context.cuda_stream);
+  ContextWorkspace workspace("neighborhood_attention_backward", device, context);
+  launch_neighborhood_attention_backward(problem, launcher, workspace);
+}
+
 }  // namespace kvk::cuda

@@ -33,6 +33,8 @@ void lightning_attention_backward(const LightningBackwardArgs& args, const Conte
 void lightning_decode(const LightningDecodeArgs& args, const Context& context);
 void block_sparse_attention(const BlockSparseProblem& problem, Device device, const Context& context);
 void neighborhood_attention(const NeighborhoodProblem& problem, Device device, const Context& context);
+void block_sparse_attention_backward(const BlockSparseProblem& problem, Device device, const Context& context);
+void neighborhood_attention_backward(const NeighborhoodProblem& problem, Device device, const Context& context);
 
 // Waits for the stream and copies from the card: what recording does (csrc/core/dump.h).
 void read_memory(Device device, void* stream, void* host, const void* from, size_t bytes);

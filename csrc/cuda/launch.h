@@ -43,6 +43,8 @@ void launch_lightning_attention_backward(const LightningBackwardArgs& args, Laun
 void launch_lightning_decode(const LightningDecodeArgs& args, Launcher& launcher);
 void launch_block_sparse_attention(const BlockSparseProblem& p, Launcher& launcher);
 void launch_neighborhood_attention(const NeighborhoodProblem& p, Launcher& launcher);
+void launch_block_sparse_attention_backward(const BlockSparseProblem& p, Launcher& launcher, Workspace& workspace);
+void launch_neighborhood_attention_backward(const NeighborhoodProblem& p, Launcher& launcher, Workspace& workspace);
 
 // The kernels that precompile compiles when it is not told which: common head dims, no score options.
 std::vector<Kernel> default_kernels();
@@ -58,7 +60,7 @@ std::string kernel_type(DType dtype);
 bool rows_on_16_bytes(const Tensor& t);
 // All dimensions of t but the last ones.
 device::RowGrid row_grid(const Tensor& t, int trailing);
-// Rows that no kernel owns, behind the last of the starts in params.problem: out 0 and lse -inf.
+// Rows that no kernel owns, behind the last of the starts in params.problem: out 0 and lse, unless null, -inf.
 void launch_clear_unowned(const device::PagedPrefillParams& params, DType dtype, Launcher& launcher);
 Kernel hadamard_kernel(DType dtype, int64_t n, bool transpose);
 

@@ -202,18 +202,25 @@ EDITS: tuple[Edit, ...] = (
         test="grid",
     ),
     Edit(
-        name="the last key of the last row is not loaded",
-        header="kvk/device/block_sparse_walk.cuh",
-        old="if (p_.causal && at > last_key(last_row)) return false;",
-        new="if (p_.causal && at >= last_key(last_row)) return false;",
-        test="grid",
-    ),
-    Edit(
         name="a pattern's row runs on into the next one",
         header="kvk/device/block_sparse_walk.cuh",
         old="if (index >= count_) return false;",
         new="if (index > count_) return false;",
         test="grid",
+    ),
+    Edit(
+        name="a key sees the query before its first one",
+        header="kvk/device/block_sparse_walk.cuh",
+        old="p_.causal ? -last_key(at) : kSeesNone + 1",
+        new="p_.causal ? -last_key(at) - 1 : kSeesNone + 1",
+        test="grid_gradient",
+    ),
+    Edit(
+        name="entries placed before all starts are there",
+        header="kvk/device/block_sparse_transpose.cuh",
+        old="__syncthreads();  // all starts are",
+        new="",
+        test="grid_gradient",
     ),
     Edit(
         name="the state as one bf16 of three",

@@ -23,6 +23,7 @@ from kvk_testing import assert_bit_equal
 from lightning_cases import int32
 from paged_cases import make_case
 from quant_attention_cases import make_quant_case
+from test_cuda_ops_grid_grad import check as check_grid_gradients
 from test_cuda_ops_lightning import check as check_forward
 from test_cuda_ops_lightning import make
 from test_cuda_ops_lightning_grad import check as check_backward
@@ -136,14 +137,16 @@ def walk_lightning(card: Card) -> int:
 
 
 def walk_grid(card: Card) -> int:
-    """Blocks in tiles of 128 rows and of 64, boxes in three dimensions."""
+    """Blocks in tiles of 128 rows and of 64, boxes in three dimensions, and their gradients."""
     lens = [70, 0, 129], [164, 40, 60]
-    for block_q in (16, 96):
-        check_grid(card, make_blocks(*lens, block_q=block_q, causal=True, bias=True, padding_rows=2, **F16))
-    check_grid(
-        card, make_boxes((5, 6, 9), (3, 2, 4), stride=(2, 1, 3), is_causal=(False, True, True), **BF16)
-    )
-    return 3
+    options = {"causal": True, "bias": True, "padding_rows": 2}
+    blocks = [make_blocks(*lens, block_q=block_q, **options, **F16) for block_q in (16, 96)]
+    boxes = make_boxes((5, 6, 9), (3, 2, 4), stride=(2, 1, 3), is_causal=(False, True, True), **BF16)
+    for case in (*blocks, boxes):
+        check_grid(card, case)
+    for case in (blocks[1], boxes):
+        check_grid_gradients(card, case)
+    return 5
 
 
 def walk_attention(card: Card, fmt: kvk.QuantFormat | kvk.BitmapFormat) -> int:

@@ -53,6 +53,15 @@ struct BlockSparseParams {
   int32_t block_columns;
 };
 
+inline constexpr int kTransposeThreads = 512;
+
+struct BlockTransposeParams {
+  BlockSparseParams pattern;
+  int32_t heads;        // of the pattern
+  int32_t* starts;      // [batches * heads, block_columns + 1], written
+  BlockEntry* entries;  // [batches * heads, num_entries], written as far as the lists go
+};
+
 struct BlockSparse {
   using Params = BlockSparseParams;
   static constexpr int kItemBytes = 96;

@@ -48,20 +48,20 @@ class GridPlaces {
   }
 
   KVK_DEVICE int32_t start() { return walk_.start(); }
-  // The columns of the next tile. more(column, place): what else they have.
+  // The columns of the next tile. more(column, found, place): what else they have.
   template <class More>
   KVK_DEVICE void find(int stage, int tile, More&& more) {
     if (tile > 0) walk_.next();
     for (int i = threadIdx.x; i < Config::kKeys; i += Config::kThreads) {
       Column& column = columns_[stage * Config::kKeys + i];
-      GridPlace place;
+      GridPlace place = {};
       float bias = 0.0f;
       const bool found = walk_.column(i, place, bias);
       column.a = found ? offset(operands_.column_a, place) : kNoRow;
       column.b = found ? offset(operands_.column_b, place) : kNoRow;
       column.bias = bias;
       column.sight = found ? place.sight : Walk::kNoColumn;
-      if (found) more(column, place);
+      more(column, found, place);
     }
     walk_.look(stage);
   }
@@ -160,7 +160,7 @@ class GridAttention {
     KVK_DEVICE T* k(int stage) const { return block.k_ + stage * kTileK; }
     KVK_DEVICE T* v(int stage) const { return block.v_ + stage * kTileV; }
     KVK_DEVICE void find(int stage, int tile) {
-      block.places_.find(stage, tile, [](GridColumn&, const GridPlace&) {});
+      block.places_.find(stage, tile, [](GridColumn&, bool, const GridPlace&) {});
     }
     KVK_DEVICE void load(int stage, int) { block.places_.load_columns(k(stage), v(stage), stage); }
     KVK_DEVICE void use(int stage, int) {

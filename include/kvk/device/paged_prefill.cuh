@@ -167,7 +167,8 @@ paged_prefill_kernel(const __grid_constant__ typename Config::Pages::PrefillPara
   PrefillBlock<Config>(params, SmemCarver()).run();
 }
 
-// Rows of q that belong to no request, past qo_indptr's end, and those of requests without tokens have no block: 0 and -inf.
+// Rows of q that belong to no request, past qo_indptr's end, and those of requests without tokens have no block: 0 and, where
+// there is an lse, -inf.
 template <class T, int kHeadDimV>
 KVK_KERNEL(128, 1)
 clear_unowned_kernel(const __grid_constant__ PagedPrefillParams params) {
@@ -179,7 +180,8 @@ clear_unowned_kernel(const __grid_constant__ PagedPrefillParams params) {
   for (int d = threadIdx.x % 32; d < kHeadDimV; d += 32) {
     static_cast<T*>(p.out.data)[token * p.out.token_stride + head * p.out.head_stride + d] = from_float<T>(0.0f);
   }
-  if (threadIdx.x % 32 == 0) p.lse[token * p.lse_token_stride + head * p.lse_head_stride] = -kInfinity;
+  if (p.lse != nullptr && threadIdx.x % 32 == 0)
+    p.lse[token * p.lse_token_stride + head * p.lse_head_stride] = -kInfinity;
 }
 
 }  // namespace kvk::device

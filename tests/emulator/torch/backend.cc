@@ -300,6 +300,21 @@ void neighborhood_attention(const NeighborhoodProblem& problem, Device, const Co
   launch_neighborhood_attention(problem, launcher);
 }
 
+void block_sparse_attention_backward(const BlockSparseProblem& problem, Device, const Context&) {
+  check_first([&](Launcher& launcher, Workspace& workspace) { check_block_pattern(problem, launcher, workspace); });
+  const Call call({problem.dq.data, problem.dk.data, problem.dv.data});
+  NotedLauncher launcher;
+  emu::EmulatorWorkspace workspace;
+  launch_block_sparse_attention_backward(problem, launcher, workspace);
+}
+
+void neighborhood_attention_backward(const NeighborhoodProblem& problem, Device, const Context&) {
+  const Call call({problem.dq.data, problem.dk.data, problem.dv.data});
+  NotedLauncher launcher;
+  emu::EmulatorWorkspace workspace;
+  launch_neighborhood_attention_backward(problem, launcher, workspace);
+}
+
 }  // namespace cuda
 
 // ---------------------------------------------------------------------------------------------- csrc/cpu

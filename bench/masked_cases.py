@@ -297,7 +297,8 @@ class Kvk:
             grad_out = data.grad_out
         else:
             inputs = data.q[0], data.k[0], data.v[0]
-            rest = (*kvk.block_mask_to_csr(case.block_mask[None, None]), case.block, case.block)
+            mask = case.block_mask[None, None].to(data.q.device)
+            rest = (*kvk.block_mask_to_csr(mask), case.block, case.block)
             forward, backward = kvk.block_sparse_attention, kvk.block_sparse_attention_backward
             grad_out = data.grad_out[0]
         if not case.backward:
@@ -324,10 +325,11 @@ class KvkDense:
         case, tokens = data.case, data.case.tokens
         q, k, v = (x.reshape(tokens, case.heads, case.head_dim) for x in (data.q, data.k, data.v))
         k, v = (x.view(tokens // 64, 64, case.heads, case.head_dim) for x in (k, v))
+        ints = {"dtype": torch.int32, "device": q.device}
         table, lens, starts = (
-            torch.arange(tokens // 64, dtype=torch.int32)[None],
-            torch.tensor([tokens], dtype=torch.int32),
-            torch.tensor([0, tokens], dtype=torch.int32),
+            torch.arange(tokens // 64, **ints)[None],
+            torch.tensor([tokens], **ints),
+            torch.tensor([0, tokens], **ints),
         )
         return Prepared(lambda: kvk.paged_prefill(q, starts, k, v, table, lens, causal=case.causal), None)
 

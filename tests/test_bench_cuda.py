@@ -8,12 +8,14 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import kvk
 import pytest
 import torch
 from building import ROOT
 
 sys.path.insert(0, str(ROOT))
 from bench import (
+    bench_grid_cuda,
     bench_lightning_cuda,
     bench_paged_cuda,
     bench_quant_cuda,
@@ -25,6 +27,7 @@ from bench import (
 from bench.cases import AttentionCase, WrongResultError
 from bench.harness import Prepared
 from bench.lightning_cases import LightningCase, LightningDecodeCase
+from bench.masked_cases import BlockSparseCase, NeighborhoodCase
 
 SMALL = AttentionCase(
     "bf16", q_heads=4, kv_heads=2, head_dim=64, batch=2, kv_len=200, page_size=16, headline=True
@@ -185,6 +188,58 @@ class TestLightning:
 
     def test_names_are_unique(self):
         cases = bench_lightning_cuda.cases()
+        assert len({(case.op, case.name) for case in cases}) == len(cases)
+        assert all(cuda_harness.copies(case, 60 << 20) >= 2 for case in cases)
+
+
+class TestGrid:
+    """Attention over ordinary tensors: some heads are checked, and the aim is dense attention's rate."""
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            BlockSparseCase("bf16", heads=3, head_dim=32, length=256, density=0.5),
+            NeighborhoodCase("bf16", heads=3, head_dim=32, extents=(8, 16), kernel=(3, 5)),
+            NeighborhoodCase("bf16", heads=3, head_dim=32, extents=(8, 16), kernel=(3, 5), backward=True),
+        ],
+    )
+    def test_a_row(self, on_the_cpu, case):
+        ours, dense, *_ = bench_grid_cuda.implementations(case)
+        ceilings = cuda_harness.CudaCeilings("cpu")
+        row = cuda_harness.CudaMeasurement(case, [ours, dense], ceilings, rounds=3, turn=1e-3).run()
+        assert row["error"] < 2e-2 and row["bytes"] == case.bytes
+        assert bench_grid_cuda.aim(row, case) is None
+        for ratio, verdict in ((case.tokens**2 / case.pairs, "met"), (0.5, "missed")):
+            with_peer = {**row, "peers": {"kvk dense": {"ratio": ratio}}}
+            assert bench_grid_cuda.aim(with_peer, replace(case, headline=True)) == verdict
+
+    def test_a_wrong_kvk_is_an_error(self, on_the_cpu):
+        case = BlockSparseCase("bf16", heads=3, head_dim=32, length=256, density=0.5)
+        right = bench_grid_cuda.Kvk()
+
+        class Wrong:
+            name = right.name
+            unavailable = right.unavailable
+
+            def build(self, data):
+                prepared = right.build(data)
+                return Prepared(prepared.run, lambda result: (result[0] * 1.2, result[1]))
+
+        with pytest.raises(WrongResultError, match="is off by"):
+            cuda_harness.CudaMeasurement(case, [Wrong()], cuda_harness.CudaCeilings("cpu"), 1, 1e-3)
+
+    def test_a_peers_gradient(self):
+        case = NeighborhoodCase("f32", heads=3, head_dim=32, extents=(8, 16), kernel=(3, 5), backward=True)
+        data = cuda_data.draw(case, 0, "cpu")
+
+        def forward(q, k, v):
+            return kvk.neighborhood_attention(q, k, v, case.kernel)[0]
+
+        prepared = bench_grid_cuda.gradient(forward, data, lambda x: x)
+        assert data.check(prepared.result(prepared.run())) < 1e-4
+
+    def test_names_are_unique(self):
+        cases = bench_grid_cuda.cases()
         assert len({(case.op, case.name) for case in cases}) == len(cases)
         assert all(cuda_harness.copies(case, 60 << 20) >= 2 for case in cases)
 

@@ -24,14 +24,14 @@ struct Case {
   std::vector<double> want_out, want_lse, want_dq, want_dk, want_dv;
 
   Case(DType dtype, int64_t tokens, int64_t keys, int64_t kv_heads, int64_t heads, int64_t dim, int64_t dim_v,
-       test::Random random, const Bias& bias)
+       test::Random random, bool gradient, const Bias& bias)
       : q(Array::random(dtype, {tokens, heads, dim}, random)), k(Array::random(dtype, {keys, kv_heads, dim}, random)),
         v(Array::random(dtype, {keys, kv_heads, dim_v}, random)),
         grad_out(Array::random(dtype, {tokens, heads, dim_v}, random)),
         grad_lse(Array::random(DType::f32, {tokens, heads}, random)), out(dtype, {tokens, heads, dim_v}),
         lse(DType::f32, {tokens, heads}), dq(dtype, {tokens, heads, dim}), dk(dtype, {keys, kv_heads, dim}),
         dv(dtype, {keys, kv_heads, dim_v}), group(heads / kv_heads) {
-    solve(bias);
+    solve(bias, gradient);
     // The gradient takes them; the forward pass writes its own.
     for (size_t i = 0; i < want_out.size(); ++i) out.set(static_cast<int64_t>(i), static_cast<float>(want_out[i]));
     for (size_t i = 0; i < want_lse.size(); ++i) lse.set(static_cast<int64_t>(i), static_cast<float>(want_lse[i]));
@@ -75,7 +75,7 @@ struct Case {
  private:
   static double& at(std::vector<double>& x, int64_t i) { return x[static_cast<size_t>(i)]; }
 
-  void solve(const Bias& bias) {
+  void solve(const Bias& bias, bool gradient) {
     const Tensor &tq = q.view(), &tk = k.view(), &tv = v.view(), &grad = grad_out.view();
     const int64_t keys = tk.shape[0], kv_heads = tk.shape[1], dim = tq.shape[2], dim_v = tv.shape[2];
     const std::pair<std::vector<double>*, const Array*> wanted[] = {
@@ -99,7 +99,7 @@ struct Case {
           }
           delta += x * element(grad, {i, h, c});
         }
-        for (int64_t j = 0; j < keys; ++j) {
+        for (int64_t j = 0; gradient && j < keys; ++j) {
           if (at(weights, j) == 0) continue;
           const double weight = at(weights, j) / sum;
           const int64_t key = j * kv_heads + h / group;
@@ -162,18 +162,19 @@ inline void test_blocks(bool gradient, int64_t block_q, int64_t block_k, int64_t
     }
     row_ptr.push_back(static_cast<int32_t>(col_idx.size()));
   }
-  Case c(DType::bf16, 130 + kUnowned, 230, 2, 2 * group, 32, 40, test::Random(4), [&](int64_t i, int64_t, int64_t j) {
-    const size_t b = i < 70 ? 0 : 1;
-    const int64_t len = q_starts[b + 1] - q_starts[b], keys = k_starts[b + 1] - k_starts[b];
-    i -= q_starts[b];
-    j -= k_starts[b];
-    if (i >= len || j < 0 || j >= keys || j > i + keys - len) return -INFINITY;
-    for (int32_t e = row_ptr[static_cast<size_t>(i / block_q)]; e < row_ptr[static_cast<size_t>(i / block_q) + 1];
-         ++e) {
-      if (col_idx[static_cast<size_t>(e)] == j / block_k) return biases[static_cast<size_t>(e)];
-    }
-    return -INFINITY;
-  });
+  Case c(DType::bf16, 130 + kUnowned, 230, 2, 2 * group, 32, 40, test::Random(4), gradient,
+         [&](int64_t i, int64_t, int64_t j) {
+           const size_t b = i < 70 ? 0 : 1;
+           const int64_t len = q_starts[b + 1] - q_starts[b], keys = k_starts[b + 1] - k_starts[b];
+           i -= q_starts[b];
+           j -= k_starts[b];
+           if (i >= len || j < 0 || j >= keys || j > i + keys - len) return -INFINITY;
+           for (int32_t e = row_ptr[static_cast<size_t>(i / block_q)];
+                e < row_ptr[static_cast<size_t>(i / block_q) + 1]; ++e) {
+             if (col_idx[static_cast<size_t>(e)] == j / block_k) return biases[static_cast<size_t>(e)];
+           }
+           return -INFINITY;
+         });
   OnDevice device;
   std::list<Array> kept;
   BlockSparseProblem p;
@@ -214,7 +215,7 @@ inline void test_neighborhood(bool gradient, int64_t X, int64_t Y, NeighborhoodA
     const int64_t begin = std::clamp<int64_t>(leader - w / 2, 0, n - w);
     return begin <= key && key < begin + w;
   };
-  Case c(DType::f16, X * Y, X * Y, 1, group, dim, dim, test::Random(9), [&](int64_t i, int64_t, int64_t j) {
+  Case c(DType::f16, X * Y, X * Y, 1, group, dim, dim, test::Random(9), gradient, [&](int64_t i, int64_t, int64_t j) {
     return sees(x, X, i / Y, j / Y) && sees(y, Y, i % Y, j % Y) ? 0.0 : -INFINITY;
   });
   OnDevice device;

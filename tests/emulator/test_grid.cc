@@ -19,7 +19,7 @@ int main() {
     const int most = int(emu::max_smem_bytes());
     test_blocks(false, 16, 48, 3);  // 64 rows a tile, of which 48 are there
     test_blocks(false, 48, 16, 3);  // 128 and 16 of them; 64 keys are 4 blocks
-    test_neighborhood(false, 9, 33, {5, 2, 1, true}, {9, 3, 2, false}, 3, 32, most);  // several tiles of columns
-    test_neighborhood(false, 3, 30, {3, 1, 1, false}, {30, 1, 1, false}, 1, 256, 99 * 1024);  // 16 columns a tile
+    test_neighborhood(false, 7, 33, {5, 2, 1, true}, {9, 3, 2, false}, 3, 32, most);  // several tiles of columns
+    test_neighborhood(false, 2, 30, {2, 1, 1, false}, {29, 1, 1, false}, 1, 256, 99 * 1024);  // 16 columns a tile
   });
 }

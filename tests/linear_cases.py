@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +43,11 @@ class LinearCase:
 
     def with_(self, **changes: Any) -> LinearCase:
         return replace(self, **changes)
+
+    @property
+    def count(self) -> int:
+        """Sequences."""
+        return len(self.q) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
     @property
     def named(self) -> dict[str, Any]:
@@ -114,10 +120,16 @@ def as_rows(name: str, x: Tensor) -> Tensor:
 
 def check(case: LinearCase) -> tuple[Tensor, ...]:
     """Runs a case and holds it to the error rule."""
-    got, exact, plain = case.run(), case.reference(), case.reference(case.q.dtype)
+    got = case.run()
+    check_results(case, got)
+    return got
+
+
+def check_results(case: LinearCase, got: Sequence[Tensor]) -> None:
+    """Holds what came out of a case to the error rule."""
+    exact, plain = case.reference(), case.reference(case.q.dtype)
     assert got[0].dtype == case.q.dtype and all(x.dtype == torch.float32 for x in got[1:])
     assert all(x.is_contiguous() for x in got)
     for name, *results in zip(RESULTS, got, exact, plain, strict=True):
         assert results[0].shape == results[1].shape
         assert_error_rule(*(as_rows(name, x) for x in results), per_row=True, what=name)
-    return got

@@ -6,6 +6,7 @@ import test_cuda_ops_block_sparse
 import test_cuda_ops_grid_grad
 import test_cuda_ops_hadamard
 import test_cuda_ops_lightning
+import test_cuda_ops_linear
 import test_cuda_ops_neighborhood
 import test_cuda_ops_quant
 import test_cuda_ops_sparse
@@ -43,6 +44,7 @@ def test_every_kernel_of_the_emulated_library_is_launched():
         test_cuda_ops_quant.launch_every_kernel(card)
         test_cuda_ops_sparse.launch_every_kernel(card)
         test_cuda_ops_lightning.launch_every_kernel(card)
+        test_cuda_ops_linear.launch_every_kernel(card)
         test_cuda_ops_block_sparse.launch_every_kernel(card)
         test_cuda_ops_neighborhood.launch_every_kernel(card)
         test_cuda_ops_grid_grad.launch_every_kernel(card)

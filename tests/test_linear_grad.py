@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvk import reference
 from kvk_testing import assert_bit_equal, assert_error_rule, assert_finite_differences, threads
-from lightning_cases import int32
+from lightning_cases import int32, shapes
 from linear_cases import MASKS, LinearCase, as_rows, make_case
 from paged_strategies import DTYPES
 
@@ -22,8 +22,9 @@ masks = pytest.mark.parametrize("mask", MASKS)
 def random_grads(case: LinearCase, seed: int = 1) -> list[torch.Tensor]:
     """Of out, den, final_state and final_z."""
     gen = torch.Generator().manual_seed(seed)
-    shapes = [x.shape for x in case.run()]
-    first, *rest = (torch.randn(shape, generator=gen) for shape in shapes)
+    count, (heads, dk), dv = case.count, case.q.shape[2:], case.v.shape[3]
+    of_results = (case.v.shape, case.q.shape[:3], (count, heads, dk, dv), (count, heads, dk))
+    first, *rest = (torch.randn(shape, generator=gen) for shape in of_results)
     return [first.to(case.q.dtype), *rest]
 
 
@@ -54,6 +55,12 @@ def check(case: LinearCase) -> list[torch.Tensor | None]:
     """Against the formula in float64. The yardsticks are the formula and autograd, both in the case's dtype."""
     grads = random_grads(case)
     got = gradients(kvk.linear_attention, case, grads)
+    check_results(case, grads, got)
+    return got
+
+
+def check_results(case: LinearCase, grads, got) -> None:
+    """Holds gradients to the error rule."""
     exact, formula = by_formula(case, grads), by_formula(case, grads, case.q.dtype)
     plain = gradients(partial(reference.linear_attention, compute_dtype=case.q.dtype), case, grads)
     for name, a, b, *others in zip(NAMES, got, exact, formula, plain, strict=True):
@@ -65,7 +72,6 @@ def check(case: LinearCase) -> list[torch.Tensor | None]:
         assert_error_rule(
             as_rows(name, a), as_rows(name, b), others, per_row=True, what=f"gradient of {name}"
         )
-    return got
 
 
 @masks
@@ -96,11 +102,7 @@ def test_random_cases(data):
     draw = data.draw
     causal = draw(st.booleans())
     case = make_case(
-        draw(st.integers(1, 2)),
-        draw(st.integers(0, 140)),
-        draw(st.integers(1, 2)),
-        draw(st.integers(4, 60)),
-        draw(st.integers(4, 60)),
+        *draw(shapes(2, 140, (4, 60))),
         dtype=draw(st.sampled_from(DTYPES)),
         apart=draw(st.booleans()),
         state=draw(st.booleans()),

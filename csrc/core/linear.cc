@@ -6,6 +6,7 @@
 #include "core/backend.h"
 #include "core/describe.h"
 #include "cpu/backend.h"
+#include "cuda/backend.h"
 
 namespace kvk {
 namespace {
@@ -14,15 +15,28 @@ struct Shape {
   int64_t B, T, H, Dk, Dv, N;
 };
 
-void check_size(const ArgChecker& check, int64_t size, int64_t most, const char* name, const char* label) {
-  if (size >= 1 && size <= most) return;
-  fail(check.op(), name, ": ", label, " must be from 1 to ", most, ", got ", size);
+bool on_card(const ArgChecker& check) { return check.device().type == DeviceType::cuda; }
+
+void check_size(const ArgChecker& check, int64_t size, int64_t most, const char* name, const char* label,
+                int64_t step = 1) {
+  if (size >= 1 && size <= most && size % step == 0) return;
+  fail(check.op(), name, ": ", label, " must be from ", step, " to ", most,
+       step == 1 ? "" : " in steps of 8 on a card (zeros behind q and k change nothing)", ", got ", size);
+}
+
+// On a card f32 would need another kind of matrix instruction.
+void check_dtype(const ArgChecker& check, const Tensor& q) {
+  check.float_dtype(q, "q");
+  if (on_card(check) && q.dtype == DType::f32) {
+    fail(check.op(), "q must be bfloat16 or float16 on a card, got float32");
+  }
 }
 
 void check_rows(const ArgChecker& check, const Tensor& t, const char* name, DType dtype,
                 std::initializer_list<Dim> dims, bool written = false) {
   check.tensor(t, name, dtype, dims);
   check.last_stride_one(t, name);
+  check.aligned_rows(t, name);
   if (written) check.writable(t, name);
 }
 
@@ -33,15 +47,16 @@ void check_rows(const ArgChecker& check, const std::optional<Tensor>& t, const c
 
 Shape check_inputs(const ArgChecker& check, const LinearAttentionArgs& args) {
   const DType dtype = args.q.dtype;
-  check.float_dtype(args.q, "q");
+  check_dtype(check, args.q);
+  const int64_t step = on_card(check) ? 8 : 1;
   check_rows(check, args.q, "q", dtype, {{"B"}, {"T"}, {"H"}, {"Dk"}});
   Shape s = {args.q.shape[0], args.q.shape[1], args.q.shape[2], args.q.shape[3], 0, args.q.shape[0]};
-  check_size(check, s.Dk, kMaxLinearDim, "q", "head dim Dk");
+  check_size(check, s.Dk, kMaxLinearDim, "q", "head dim Dk", step);
   const Dim B = {"B", s.B}, T = {"T", s.T}, H = {"H", s.H}, Dk = {"Dk", s.Dk};
   check_rows(check, args.k, "k", dtype, {B, T, H, Dk});
   check_rows(check, args.v, "v", dtype, {B, T, H, {"Dv"}});
   s.Dv = args.v.shape[3];
-  check_size(check, s.Dv, kMaxLinearDim, "v", "head dim Dv");
+  check_size(check, s.Dv, kMaxLinearDim, "v", "head dim Dv", step);
   check_rows(check, args.q_den, "q_den", dtype, {B, T, H, Dk});
   check_rows(check, args.k_den, "k_den", dtype, {B, T, H, Dk});
   if (args.cu_seqlens) {
@@ -100,7 +115,9 @@ void linear_attention(const LinearAttentionArgs& args, const Context& context) {
   check_rows(check, args.final_state, "final_state", DType::f32, {{"N", s.N}, {"H", s.H}, {"Dk", s.Dk}, {"Dv", s.Dv}},
              true);
   check_rows(check, args.final_z, "final_z", DType::f32, {{"N", s.N}, {"H", s.H}, {"Dk", s.Dk}}, true);
-  on_cpu_only(check, args.q, "q", [&] { cpu::linear_attention(args, threads_of(context)); });
+  by_device(
+      check.op(), args.q, "q", [&] { cpu::linear_attention(args, threads_of(context)); },
+      [&] { cuda::linear_attention(args, context); });
 }
 
 void linear_attention_backward(const LinearAttentionBackwardArgs& args, const Context& context) {
@@ -123,7 +140,9 @@ void linear_attention_backward(const LinearAttentionBackwardArgs& args, const Co
   check_rows(check, args.grad_k_den, "grad_k_den", dtype, {B, T, H, Dk}, true);
   check_rows(check, args.grad_initial_state, "grad_initial_state", DType::f32, {N, H, Dk, Dv}, true);
   check_rows(check, args.grad_initial_z, "grad_initial_z", DType::f32, {N, H, Dk}, true);
-  on_cpu_only(check, in.q, "q", [&] { cpu::linear_attention_backward(args, threads_of(context)); });
+  by_device(
+      check.op(), in.q, "q", [&] { cpu::linear_attention_backward(args, threads_of(context)); },
+      [&] { cuda::linear_attention_backward(args, context); });
 }
 
 void taylor_feature_map(const TaylorFeatureMapArgs& args, const Context& context) {

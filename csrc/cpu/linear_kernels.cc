@@ -57,8 +57,8 @@ class Forward final : public Results {
   void run() {
     load_state(args_.initial_state, item_, item_.v_begin, dk_, dv_, m_);
     z_.start(z_of(args_.initial_z, item_), nullptr);
-    sum_over_seen({q_, dk_, 0, scale_}, {k_, dk_}, {v_, dv_, item_.v_begin}, Blocks(args_, item_.num_tokens, false), m_,
-                  *this);
+    sum_over_seen({q_, dk_, 0, scale_}, {k_, dk_}, {v_, dv_, item_.v_begin}, blocks_of(args_, item_.num_tokens, false),
+                  m_, *this);
     store_state(args_.final_state, item_, item_.v_begin, dk_, dv_, m_);
     if (item_.v_begin == 0) store_row(z_.total(), dk_, z_of(args_.final_z, item_));
   }
@@ -110,7 +110,8 @@ class QueryGradient final : public Results {
   void run() {
     load_transposed(in_.initial_state, item_, dk_, dv_, m_);
     z_.start(z_of(in_.initial_z, item_), nullptr);
-    sum_over_seen({grad_out_, dv_, 0, scale_}, {v_, dv_}, {k_, dk_}, Blocks(in_, item_.num_tokens, false), m_, *this);
+    sum_over_seen({grad_out_, dv_, 0, scale_}, {v_, dv_}, {k_, dk_}, blocks_of(in_, item_.num_tokens, false), m_,
+                  *this);
   }
 
   void begin(const Group& group) override { z_.add(group); }
@@ -158,7 +159,7 @@ class KeyGradients final {
         q_den_(in_.q_den.value_or(in_.q), item, true), grad_out_(args.grad_out, item, true), m_(m), factors_(factors) {}
 
   void run() {
-    const Blocks blocks(in_, item_.num_tokens, true);
+    const Blocks blocks = blocks_of(in_, item_.num_tokens, true);
     Keys keys(*this);
     load_transposed(args_.grad_final_state, item_, dk_, dv_, m_);
     keys.z.start(z_of(args_.grad_final_z, item_), factors_.den.data());

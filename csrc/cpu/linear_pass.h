@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/lightning_chunk.h"
+#include "kvk/device/linear_params.h"
 #include "kvk/linear.h"
 
 namespace kvk::cpu::KVK_LEVEL {
@@ -66,40 +67,15 @@ struct TokenFloats : HeadRows<float> {
   float& operator[](int64_t i) const { return *row(i); }
 };
 
-// Consecutive tokens, whole blocks of them. Token i of the group is in its block (i + shift) / size.
-struct Group {
-  int64_t first, count;
-  int64_t size;
-  int shift;
+using Group = device::LinearGroup;
+using Blocks = device::LinearBlocks;
+static_assert(Group::kChunk == kChunk);
 
-  bool one_block() const { return size > kChunk / 2; }
-  // A block of more than half a chunk; of fewer tokens, scores cost less.
-  bool through_state() const { return one_block() && count > kChunk / 2; }
-  int block(int64_t i) const { return one_block() ? 0 : (static_cast<int>(i) + shift) / static_cast<int>(size); }
-  // The group's tokens that its token i sees, where they all share a chunk.
-  int end(int i) const {
-    const int tokens = static_cast<int>(count), step = static_cast<int>(size);
-    return one_block() ? tokens : std::min(tokens, ((i + shift) / step + 1) * step - shift);
-  }
-};
-
-// A sequence's blocks; in reverse the short one comes first.
-class Blocks {
- public:
-  Blocks(const LinearAttentionArgs& args, int64_t tokens, bool reverse)
-      : tokens_(tokens), size_(args.causal ? std::min(args.block_size, std::max<int64_t>(1, tokens)) : tokens),
-        first_(reverse && tokens > 0 && tokens % size_ != 0 ? tokens % size_ : size_) {}
-
-  Group at(int64_t token) const {
-    const int64_t block = token == 0 ? first_ : size_;
-    const int64_t more = size_ > kChunk / 2 ? 0 : (kChunk / size_ - 1) * size_;
-    return {token, std::min(block + more, tokens_ - token), size_, static_cast<int>(size_ - block)};
-  }
-  int64_t tokens() const { return tokens_; }
-
- private:
-  int64_t tokens_, size_, first_;
-};
+inline Blocks blocks_of(const LinearAttentionArgs& args, int64_t tokens, bool reverse) {
+  return Blocks(args.causal, args.block_size, tokens, reverse);
+}
+// A block of more than half a chunk; of fewer tokens, scores cost less.
+inline bool through_state(const Group& group) { return group.one_block() && group.count > kChunk / 2; }
 
 struct LinearScratch {
   int ld;
@@ -201,7 +177,7 @@ inline void sum_over_seen(const Operand& x, const Operand& y, const Operand& z, 
     multiply<Into::kAdd, true>(m.y, ld, m.z, ld, x.dim, z.dim, tokens, m.s, ld);
   };
   Group group;
-  for (int64_t first = 0; first < blocks.tokens(); first += group.count) {
+  for (int64_t first = 0; first < blocks.tokens; first += group.count) {
     group = blocks.at(first);
     results.begin(group);
     const auto each_chunk = [&](const auto& call) {
@@ -212,7 +188,7 @@ inline void sum_over_seen(const Operand& x, const Operand& y, const Operand& z, 
     const auto finish = [&](int64_t at, int tokens) {
       for (int i = 0; i < tokens; ++i) results.row(group, at + i, m.out + i * ld);
     };
-    if (group.through_state()) {
+    if (through_state(group)) {
       each_chunk([&](int64_t at, int tokens) {
         y.load(first + at, tokens, m.y, ld);
         z.load(first + at, tokens, m.z, ld);

@@ -110,6 +110,17 @@ void lightning_attention_backward(const LightningBackwardArgs& args, const Conte
   launch_lightning_attention_backward(args, launcher, workspace);
 }
 
+void linear_attention(const LinearAttentionArgs& args, const Context& context) {
+  run_checked("linear_attention", args.q.device, args, context, check_linear_starts, launch_linear_attention);
+}
+
+void linear_attention_backward(const LinearAttentionBackwardArgs& args, const Context& context) {
+  DriverLauncher launcher(args.forward.q.device.index, context.cuda_stream);
+  ContextWorkspace workspace("linear_attention_backward", args.forward.q.device, context);
+  if (check_mode()) check_linear_backward_starts(args, launcher, workspace);
+  launch_linear_attention_backward(args, launcher, workspace);
+}
+
 void lightning_decode(const LightningDecodeArgs& args, const Context& context) {
   run_checked("lightning_decode", args.q.device, args, context, check_state_slots, launch_lightning_decode);
 }

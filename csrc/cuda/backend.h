@@ -9,6 +9,7 @@
 #include "kvk/context.h"
 #include "kvk/hadamard.h"
 #include "kvk/lightning.h"
+#include "kvk/linear.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
 #include "kvk/sparse.h"
@@ -30,6 +31,8 @@ void compress_pages(const CompressPagesArgs& args, const Context& context);
 void decompress_pages(const DecompressPagesArgs& args, const Context& context);
 void lightning_attention(const LightningArgs& args, const Context& context);
 void lightning_attention_backward(const LightningBackwardArgs& args, const Context& context);
+void linear_attention(const LinearAttentionArgs& args, const Context& context);
+void linear_attention_backward(const LinearAttentionBackwardArgs& args, const Context& context);
 void lightning_decode(const LightningDecodeArgs& args, const Context& context);
 void block_sparse_attention(const BlockSparseProblem& problem, Device device, const Context& context);
 void neighborhood_attention(const NeighborhoodProblem& problem, Device device, const Context& context);

@@ -155,6 +155,14 @@ void check_lightning_backward_starts(const LightningBackwardArgs& args, Launcher
   check_starts("lightning_attention_backward", args.q, args.cu_seqlens, launcher, workspace);
 }
 
+void check_linear_starts(const LinearAttentionArgs& args, Launcher& launcher, Workspace& workspace) {
+  check_starts("linear_attention", args.q, args.cu_seqlens, launcher, workspace);
+}
+
+void check_linear_backward_starts(const LinearAttentionBackwardArgs& args, Launcher& launcher, Workspace& workspace) {
+  check_starts("linear_attention_backward", args.forward.q, args.forward.cu_seqlens, launcher, workspace);
+}
+
 void check_state_slots(const LightningDecodeArgs& args, Launcher& launcher, Workspace& workspace) {
   const BadValue bad =
       find_bad_value(state_slots_kernel(), ids_params(args.slots, args.state.shape[0]), launcher, workspace);

@@ -19,6 +19,8 @@ void check_lightning_starts(const LightningArgs& args, Launcher& launcher, Works
 void check_lightning_backward_starts(const LightningBackwardArgs& args, Launcher& launcher, Workspace& workspace);
 // Starts of the sequences, and the pattern's rows and blocks.
 void check_block_pattern(const BlockSparseProblem& p, Launcher& launcher, Workspace& workspace);
+void check_linear_starts(const LinearAttentionArgs& args, Launcher& launcher, Workspace& workspace);
+void check_linear_backward_starts(const LinearAttentionBackwardArgs& args, Launcher& launcher, Workspace& workspace);
 void check_state_slots(const LightningDecodeArgs& args, Launcher& launcher, Workspace& workspace);
 
 // The kernels of all.

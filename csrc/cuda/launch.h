@@ -13,6 +13,7 @@
 #include "kvk/device/paged_prefill_params.h"
 #include "kvk/hadamard.h"
 #include "kvk/lightning.h"
+#include "kvk/linear.h"
 #include "kvk/paged.h"
 #include "kvk/quant.h"
 #include "kvk/sparse.h"
@@ -40,6 +41,9 @@ void launch_compress_pages(const CompressPagesArgs& args, Launcher& launcher);
 void launch_decompress_pages(const DecompressPagesArgs& args, Launcher& launcher);
 void launch_lightning_attention(const LightningArgs& args, Launcher& launcher);
 void launch_lightning_attention_backward(const LightningBackwardArgs& args, Launcher& launcher, Workspace& workspace);
+void launch_linear_attention(const LinearAttentionArgs& args, Launcher& launcher);
+void launch_linear_attention_backward(const LinearAttentionBackwardArgs& args, Launcher& launcher,
+                                      Workspace& workspace);
 void launch_lightning_decode(const LightningDecodeArgs& args, Launcher& launcher);
 void launch_block_sparse_attention(const BlockSparseProblem& p, Launcher& launcher);
 void launch_neighborhood_attention(const NeighborhoodProblem& p, Launcher& launcher);
@@ -52,6 +56,7 @@ std::vector<Kernel> default_quant_kernels();
 std::vector<Kernel> default_sparse_kernels();
 std::vector<Kernel> default_lightning_kernels();
 std::vector<Kernel> default_grid_kernels();
+std::vector<Kernel> default_linear_kernels();
 
 // "kvk::device::NAME<kvk::device::bf16, ARG, ..>"
 std::string kernel_type(DType dtype);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/launch.h"
+#include "cuda/sequences.h"
 #include "kvk/device/lightning_params.h"
 
 namespace kvk::cuda {
@@ -37,31 +38,16 @@ Kernel decode_kernel(DType dtype) {
 
 RowsView rows_view(const Tensor& t) { return {t.data, t.stride[0], t.stride[1]}; }
 
-StateView state_view(const std::optional<Tensor>& t) {
-  if (!t) return {};
-  return {t->ptr<float>(), t->stride[0], t->stride[1], t->stride[2], 1};
-}
-StateView transposed(const StateView& view) {
-  return {view.data, view.slot_stride, view.head_stride, view.column_stride, view.row_stride};
-}
-
 // [H] or [B, H].
 DecayView decay_view(const std::optional<Tensor>& t) {
   if (!t) return {};
   return {t->ptr<const float>(), t->ndim == 1 ? 0 : t->stride[0], t->stride[t->ndim - 1]};
 }
 
-SequenceView sequence_view(const Tensor& t) { return {t.data, t.stride[0], t.stride[1], t.stride[2]}; }
-
 // [H] or [B, T, H].
 SequenceView decay_sequences(const std::optional<Tensor>& t) {
   if (!t) return {};
   return t->ndim == 1 ? SequenceView{t->data, 0, 0, t->stride[0]} : sequence_view(*t);
-}
-
-device::SequenceStarts sequence_starts(const Tensor& q, const std::optional<Tensor>& cu_seqlens) {
-  if (!cu_seqlens) return {nullptr, 0, q.shape[0], q.shape[1], false};
-  return {cu_seqlens->ptr<const int32_t>(), cu_seqlens->stride[0], cu_seqlens->shape[0] - 1, q.shape[1], false};
 }
 
 // What the forward kernel makes of tensors of one call, each in any role.
@@ -85,23 +71,16 @@ class Roles {
                     const StateView& final) const {
     device::LightningParams params = common_;
     params.sequences.reversed = true;
-    params.log_decay = reversed(params.log_decay, sizeof(float));
+    params.log_decay = reversed_view(params.log_decay, params.sequences.num_tokens, sizeof(float));
     launch_roles(params, 1.0f, scale_, q, k, v, out, initial, final);
   }
 
  private:
-  // Token 0 becomes the last one.
-  SequenceView reversed(const SequenceView& view, size_t element) const {
-    const int64_t last = std::max<int64_t>(common_.sequences.num_tokens - 1, 0);
-    char* data = static_cast<char*>(view.data);
-    if (data != nullptr) data += last * view.token_stride * static_cast<int64_t>(element);
-    return {data, view.batch_stride, -view.token_stride, view.head_stride};
-  }
-
   void launch_roles(device::LightningParams params, float past_scale, float key_scale, const Tensor& q, const Tensor& k,
                     const Tensor& v, const Tensor& out, const StateView& initial, const StateView& final) const {
     const auto view = [&](const Tensor& t) {
-      return params.sequences.reversed ? reversed(sequence_view(t), 2) : sequence_view(t);
+      const SequenceView of_t = sequence_view(t);
+      return params.sequences.reversed ? reversed_view(of_t, params.sequences.num_tokens, 2) : of_t;
     };
     params.q = view(q);
     params.k = view(k);

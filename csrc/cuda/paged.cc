@@ -242,6 +242,7 @@ std::vector<Kernel> default_kernels() {
   for (const Kernel& kernel : default_sparse_kernels()) kernels.push_back(kernel);
   for (const Kernel& kernel : default_lightning_kernels()) kernels.push_back(kernel);
   for (const Kernel& kernel : default_grid_kernels()) kernels.push_back(kernel);
+  for (const Kernel& kernel : default_linear_kernels()) kernels.push_back(kernel);
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const int bits : {2, 4}) {  // KIVI
       QuantPools pools = {};

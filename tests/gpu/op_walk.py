@@ -27,6 +27,8 @@ from test_cuda_ops_grid_grad import check as check_grid_gradients
 from test_cuda_ops_lightning import check as check_forward
 from test_cuda_ops_lightning import make
 from test_cuda_ops_lightning_grad import check as check_backward
+from test_cuda_ops_linear import check as check_linear
+from test_cuda_ops_linear import make as make_linear
 from test_lightning import decode_case
 from test_neighborhood import make_case as make_boxes
 
@@ -121,11 +123,13 @@ def walk_sparse(card: Card) -> int:
 
 
 def walk_lightning(card: Card) -> int:
-    """The decode step on a pool of states, rows of it skipped, and packed sequences in one stage and in two."""
+    """The decode step on a pool of states, rows of it skipped, packed sequences in one stage and in two; normalised."""
     for kind, tokens in (("bf16", 200), ("f16_wide", 130)):
         case = make(kind, 1, tokens, 2, starts=int32(0, 1, 1, tokens - 3))
         check_forward(card, case)
     check_backward(card, make("bf16", 2, 150, 2))
+    for mask in ("causal", "blocks-of-7", "all"):
+        check_linear(card, make_linear("bf16", 1, 130, 2, mask=mask, apart=mask == "all"))
     for dtype in (torch.float32, torch.bfloat16):
         args = decode_case(dk=64, dv=40, dtype=dtype)
         q, k, v, pool, *rest = card.put([x.clone() for x in args])
@@ -133,7 +137,7 @@ def walk_lightning(card: Card) -> int:
         right = kvk.lightning_decode(*args)
         torch.testing.assert_close(out.cpu().float(), right.float(), rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(pool.cpu(), args[3], rtol=1e-5, atol=1e-5)
-    return 5
+    return 11
 
 
 def walk_grid(card: Card) -> int:

@@ -279,12 +279,6 @@ class LightningDecayGradient {
     for (int64_t i = threadIdx.x; i < item_.tokens; i += LightningShape::kThreads) p_.parts[place(i)] = 0;
   }
 
-  KVK_DEVICE static double warp_sum(double x) {
-    KVK_UNROLL
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-  }
-
   const LightningDecayParams& p_;
   T *q_, *k_, *v_, *grad_;
   float *pairs_, *decays_, *sums_;

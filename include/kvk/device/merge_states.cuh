@@ -56,12 +56,6 @@ merge_states_kernel(const __grid_constant__ MergeStatesParams p) {
   if (threadIdx.x % 32 == 0) *at<float>(p.lse, 0, token, head) = normaliser.merged();
 }
 
-KVK_DEVICE float warp_sum(float x) {
-  KVK_UNROLL
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
 // grad_out_i = w_i g; grad_lse_i = w_i (<g, out_i> - <g, out> + g_lse).
 template <class T>
 KVK_KERNEL(128, 1)

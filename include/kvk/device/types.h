@@ -90,6 +90,14 @@ KVK_DEVICE void store_words(void* p, const Words<kWords>& v KVK_LOC) {
 #endif
 }
 
+// Over the lanes of a warp, in all of them.
+template <class T>
+KVK_DEVICE T warp_sum(T x) {
+  KVK_UNROLL
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
 // 8 elements.
 template <class T>
 KVK_DEVICE void unpack(const Words<4>& words, float (&x)[8]) {

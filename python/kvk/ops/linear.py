@@ -33,7 +33,7 @@ def linear_attention(
     final_state: Tensor | None = None,
     final_z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Linear attention with its denominator. Differentiable in all tensors but cu_seqlens. On the CPU.
+    """Linear attention with its denominator. Differentiable in all tensors but cu_seqlens.
 
     With j the tokens that token t sees, S the sum of k_j v_j^T and z the sum of k_den_j over them, both from the
     initial ones on::
@@ -49,7 +49,8 @@ def linear_attention(
     batch and with any number of threads.
 
     Args:
-        q, k: [B, T, H, Dk], float32, bfloat16 or float16, last stride 1, Dk from 1 to 256.
+        q, k: [B, T, H, Dk], float32, bfloat16 or float16 (a card: the 16-bit ones), last stride 1, Dk from 1 to 256 (a
+            card: in steps of 8, all rows on multiples of 16 bytes).
         v: [B, T, H, Dv], Dv from 1 to 256.
         causal: False: every token sees its whole sequence.
         block_size: at least 1; 1 if not causal.
@@ -69,8 +70,8 @@ def linear_attention(
         final_state float32 [N, H, Dk, Dv] and final_z float32 [N, H, Dk], of the whole sequence.
 
     Raises:
-        RuntimeError: an argument has the wrong shape, dtype, device or stride, lies on a card, or is out of range;
-            cu_seqlens decrease or leave the tokens.
+        RuntimeError: an argument has the wrong shape, dtype, device or stride, or is out of range; on the CPU also for
+            cu_seqlens that decrease or leave the tokens (on a card with ``KVK_CHECK=1``).
     """
     tensors = (q, k, v, q_den, k_den, initial_state, initial_z, cu_seqlens)
     options = {"causal": causal, "block_size": block_size, "normalize": normalize, "scale": scale, "eps": eps}

@@ -280,6 +280,28 @@ void lightning_attention_backward(const LightningBackwardArgs& args, const Conte
   launch_lightning_attention_backward(args, launcher, workspace);
 }
 
+void linear_attention(const LinearAttentionArgs& args, const Context&) {
+  check_first([&](Launcher& launcher, Workspace& workspace) { check_linear_starts(args, launcher, workspace); });
+  const bool states = args.initial_state && args.initial_state->data == args.final_state.data;
+  const bool sums = args.initial_z && args.initial_z->data == args.final_z.data;
+  const Call call(
+      {args.out.data, args.den.data, states ? nullptr : args.final_state.data, sums ? nullptr : args.final_z.data},
+      {states ? args.final_state.data : nullptr, sums ? args.final_z.data : nullptr});
+  NotedLauncher launcher;
+  launch_linear_attention(args, launcher);
+}
+
+void linear_attention_backward(const LinearAttentionBackwardArgs& args, const Context&) {
+  check_first(
+      [&](Launcher& launcher, Workspace& workspace) { check_linear_backward_starts(args, launcher, workspace); });
+  const auto data = [](const std::optional<Tensor>& t) { return t ? t->data : nullptr; };
+  const Call call({args.grad_q.data, args.grad_k.data, args.grad_v.data, data(args.grad_q_den), data(args.grad_k_den),
+                   data(args.grad_initial_state), data(args.grad_initial_z)});
+  NotedLauncher launcher;
+  emu::EmulatorWorkspace workspace;
+  launch_linear_attention_backward(args, launcher, workspace);
+}
+
 void lightning_decode(const LightningDecodeArgs& args, const Context&) {
   check_first([&](Launcher& launcher, Workspace& workspace) { check_state_slots(args, launcher, workspace); });
   const Call call({args.out.data}, {args.state.data});
@@ -346,6 +368,10 @@ void block_sparse_attention_backward(const BlockSparseProblem&, Threads&) { unex
 void vertical_slash_attention(const VerticalSlashProblem&, Threads&) { unexpected(); }
 void neighborhood_attention(const NeighborhoodProblem&, Threads&) { unexpected(); }
 void neighborhood_attention_backward(const NeighborhoodProblem&, Threads&) { unexpected(); }
+void linear_attention(const LinearAttentionArgs&, Threads&) { unexpected(); }
+void linear_attention_backward(const LinearAttentionBackwardArgs&, Threads&) { unexpected(); }
+void taylor_feature_map(const TaylorFeatureMapArgs&, Threads&) { unexpected(); }
+void taylor_feature_map_backward(const TaylorFeatureMapBackwardArgs&, Threads&) { unexpected(); }
 
 }  // namespace cpu
 }  // namespace kvk

@@ -12,7 +12,7 @@ using device::ceil_div;
 using device::Neighborhood;
 
 // A line of so many places, and windows, tells what a tile of a longer one costs.
-constexpr int32_t kLinePlaces = 4096;
+constexpr int32_t kLinePlaces = 512;
 
 // Columns that all tiles of `size` rows of a line visit.
 int64_t visited(const device::NeighborhoodRule& rule, bool rows_are_keys, int32_t length, int64_t size) {

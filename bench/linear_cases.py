@@ -177,7 +177,7 @@ class TaylorCase:
         x, grad = (
             torch.randn(self.rows, n, generator=generator).to(dtype) for n in (self.dim, self.features)
         )
-        return TaylorData(self, x, grad)
+        return TaylorData(self, x, grad, torch.empty_like(grad))
 
 
 @dataclass
@@ -187,6 +187,7 @@ class TaylorData:
     case: TaylorCase
     x: torch.Tensor
     grad: torch.Tensor
+    out: torch.Tensor  # written: the pages of a new tensor cost more than the map, and are the allocator's
 
     def check(self, result: torch.Tensor) -> float:
         """The error of the first rows."""
@@ -207,7 +208,7 @@ def taylor(data: TaylorData) -> torch.Tensor:
 
     if data.case.backward:
         return torch.ops.kvk.taylor_feature_map_backward(data.grad, data.x)
-    return kvk.taylor_feature_map(data.x)
+    return kvk.taylor_feature_map(data.x, out=data.out)
 
 
 def torch_taylor(data: TaylorData) -> torch.Tensor:
@@ -216,7 +217,9 @@ def torch_taylor(data: TaylorData) -> torch.Tensor:
     i, j = torch.triu_indices(d, d)
     factor = torch.where(i == j, (2 * d) ** -0.5, d**-0.5)
     pairs = x[:, i] * x[:, j] * factor
-    out = torch.cat([torch.ones_like(x[:, :1]), x * d**-0.25, pairs], -1)
+    parts = [torch.ones_like(x[:, :1]), x * d**-0.25, pairs]
     if data.case.backward:
-        out = torch.autograd.grad(out, x, data.grad.float())[0]
-    return out.to(data.x.dtype)
+        return torch.autograd.grad(torch.cat(parts, -1), x, data.grad.float())[0].to(data.x.dtype)
+    if x.dtype == data.out.dtype:
+        return torch.cat(parts, -1, out=data.out)
+    return data.out.copy_(torch.cat(parts, -1))

@@ -69,55 +69,74 @@ void store_scaled(const float* src, float w, int64_t n, T* dst) {
 // Parts lie far apart, often a power of two, and rows of all of them side by side would fight for the same cache sets: a
 // few rows are merged at a time, part after part, each part's piece being fetched while the one before is added.
 constexpr int64_t kMergeBytes = 16 * 1024;
+constexpr int kMergeRows = 64;
+constexpr float kUnread = -1.0f;  // in place of the weight of a part that saw no key
+
+// The lse of n parts of kMergeRows rows to weights, a lane for each row; Normaliser says how. out_lse and max: of each row.
+void weigh(float* lse, int64_t n, int count, float* max, float* out_lse) {
+  for (int r = 0; r < count; r += W) {
+    V most = -kInf, nan = 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+      V x = load(lse + i * kMergeRows + r);
+      stdx::where(x == kInf, x) = V(-kInf);
+      stdx::where(x != x, nan) = x;
+      stdx::where(x > most, most) = x;
+      store(x, lse + i * kMergeRows + r);
+    }
+    stdx::where(nan != nan, most) = nan;
+    V base = most, sum = 0.0f;
+    stdx::where(base == -kInf, base) = V(0.0f);
+    for (int64_t i = 0; i < n; ++i) sum += exp(load(lse + i * kMergeRows + r) - base);
+    for (int64_t i = 0; i < n; ++i) {
+      const V x = load(lse + i * kMergeRows + r);
+      V weight = exp(x - base) / sum;
+      stdx::where(x == -kInf, weight) = V(kUnread);
+      store(weight, lse + i * kMergeRows + r);
+    }
+    store(most, max + r);
+    store(sum, out_lse + r);
+  }
+  for (int r = 0; r < count; ++r) out_lse[r] = max[r] == -kInf ? -kInf : max[r] + std::log(out_lse[r]);
+}
 
 template <class T>
 void merge_rows(const MergeStatesArgs& a, int64_t begin, int64_t end) {
   const int64_t n = a.parts.shape[0], heads = a.parts.shape[2], dim = a.parts.shape[3];
   const int64_t part_stride = a.parts.stride[0], lse_stride = a.parts_lse.stride[0];
   const int64_t row_bytes = dim * int64_t{sizeof(T)};
-  const int64_t most = std::max<int64_t>(1, kMergeBytes / row_bytes);
-  struct Row {
-    const T* part;  // of part 0
-    const float* lse;
-    T* out;
-    float* out_lse;
-    Normaliser normaliser;
+  const int64_t most = std::clamp<int64_t>(kMergeBytes / row_bytes, 1, kMergeRows);
+  const auto offset = [&](int64_t row, const int64_t* stride) {
+    return row / heads * stride[0] + row % heads * stride[1];
   };
-  const auto row_of = [&](int64_t row) {
-    const int64_t t = row / heads, h = row % heads;
-    const float* lse = a.parts_lse.ptr<const float>() + t * a.parts_lse.stride[1] + h * a.parts_lse.stride[2];
-    return Row{a.parts.ptr<const T>() + t * a.parts.stride[1] + h * a.parts.stride[2], lse,
-               a.out.ptr<T>() + t * a.out.stride[0] + h * a.out.stride[1],
-               a.lse.ptr<float>() + t * a.lse.stride[0] + h * a.lse.stride[1], Normaliser(lse, lse_stride, n)};
+  const auto part_of = [&](int64_t row) { return a.parts.ptr<const T>() + offset(row, a.parts.stride + 1); };
+  const auto fetch = [&](const T* row) {
+    for (int64_t at = 0; at < row_bytes; at += 64) prefetch_l2(reinterpret_cast<const char*>(row) + at);
   };
-  std::vector<Row> rows;
-  std::vector<float> acc(static_cast<size_t>(most * dim));
+  alignas(64) float max[kMergeRows], out_lse[kMergeRows];
+  std::vector<float> weights(static_cast<size_t>(n * kMergeRows), -kInf), acc(static_cast<size_t>(most * dim));
   for (int64_t first = begin; first < end; first += most) {
-    const int64_t count = std::min(most, end - first);
-    rows.clear();
-    for (int64_t r = 0; r < count; ++r) {
-      const float max = rows.emplace_back(row_of(first + r)).normaliser.max;
-      std::fill_n(acc.begin() + r * dim, dim, max == max ? 0.0f : max);
+    const int count = static_cast<int>(std::min(most, end - first));
+    for (int r = 0; r < count; ++r) {
+      const float* lse = a.parts_lse.ptr<const float>() + offset(first + r, a.parts_lse.stride + 1);
+      for (int64_t i = 0; i < n; ++i) weights[static_cast<size_t>(i * kMergeRows + r)] = lse[i * lse_stride];
     }
+    weigh(weights.data(), n, count, max, out_lse);
+    for (int r = 0; r < count; ++r) std::fill_n(acc.begin() + r * dim, dim, max[r] == max[r] ? 0.0f : max[r]);
     for (int64_t i = 0; i < n; ++i) {
-      float* to = acc.data();
-      for (const Row& row : rows) {
-        const T* part = row.part + i * part_stride;
+      const float* weight = weights.data() + i * kMergeRows;
+      for (int r = 0; r < count; ++r) {
+        const T* part = part_of(first + r) + i * part_stride;
         if (i + 1 < n) {
-          for (int64_t at = 0; at < row_bytes; at += 64) {
-            prefetch_l2(reinterpret_cast<const char*>(part + part_stride) + at);
-          }
+          fetch(part + part_stride);
+        } else if (first + most + r < end) {
+          fetch(part_of(first + most + r));
         }
-        const float x = row.lse[i * lse_stride];
-        if (saw_keys(x)) add_scaled(part, row.normaliser.weight(x), dim, to);
-        to += dim;
+        if (weight[r] != kUnread) add_scaled(part, weight[r], dim, acc.data() + r * dim);
       }
     }
-    const float* from = acc.data();
-    for (const Row& row : rows) {
-      store_scaled(from, 1.0f, dim, row.out);
-      *row.out_lse = row.normaliser.merged();
-      from += dim;
+    for (int r = 0; r < count; ++r) {
+      store_scaled(acc.data() + r * dim, 1.0f, dim, a.out.ptr<T>() + offset(first + r, a.out.stride));
+      a.lse.ptr<float>()[offset(first + r, a.lse.stride)] = out_lse[r];
     }
   }
 }

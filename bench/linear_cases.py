@@ -57,11 +57,11 @@ class LinearCase:
         each = 5 * states // 2 + 5 * scores // 2 if self.backward else states + scores
         return self.tokens * self.heads * each
 
-    def make(self, seed: int) -> LinearData:
+    def make(self, seed: int, device: str = "cpu") -> LinearData:
         """elu + 1 of unit-variance q and k."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         shape = (1, self.tokens, self.heads, self.dim)
-        q, k, v, grad = (torch.randn(shape, generator=generator) for _ in range(4))
+        q, k, v, grad = (torch.randn(shape, generator=generator, device=device) for _ in range(4))
         q, k = (torch.nn.functional.elu(x) + 1 for x in (q, k))
         return LinearData(self, *(x.to(DTYPES[self.dtype]) for x in (q, k, v, grad)))
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from bench import (
     bench_grid_cuda,
     bench_lightning_cuda,
+    bench_linear_cuda,
     bench_paged_cuda,
     bench_quant_cuda,
     bench_sparse_cuda,
@@ -27,6 +28,7 @@ from bench import (
 from bench.cases import AttentionCase, WrongResultError
 from bench.harness import Prepared
 from bench.lightning_cases import LightningCase, LightningDecodeCase
+from bench.linear_cases import LinearCase
 from bench.masked_cases import BlockSparseCase, NeighborhoodCase
 
 SMALL = AttentionCase(
@@ -240,6 +242,31 @@ class TestGrid:
 
     def test_names_are_unique(self):
         cases = bench_grid_cuda.cases()
+        assert len({(case.op, case.name) for case in cases}) == len(cases)
+        assert all(cuda_harness.copies(case, 60 << 20) >= 2 for case in cases)
+
+
+class TestLinear:
+    """Normalised linear attention: the same rows as the CPU's, and a peer of another function, which is not checked."""
+
+    @pytest.mark.parametrize("options", [{"block": 1}, {"block": 0}, {"block": 26, "backward": True}])
+    def test_a_row(self, on_the_cpu, options):
+        case = LinearCase(130, heads=2, dim=16, **options)
+        ceilings = cuda_harness.CudaCeilings("cpu")
+        peers = bench_linear_cuda.implementations(case)
+        row = cuda_harness.CudaMeasurement(case, peers[:2], ceilings, rounds=3, turn=1e-3).run()
+        assert row["error"] < 1e-2 and row["bytes"] == case.bytes
+        headline = replace(case, headline=True)
+        assert ("torch matmuls" in row["peers"]) == (case.block == 0)
+        if case.block == 0:
+            assert row["peers"]["torch matmuls"]["error"] < 1e-2
+        for ratio, verdict in ((1.0, "met"), (0.9, "missed")):
+            with_peer = {**row, "peers": {"torch matmuls": {"ratio": ratio}}}
+            assert bench_linear_cuda.aim(with_peer, headline) == verdict
+            assert bench_linear_cuda.aim(with_peer, case) is None
+
+    def test_names_are_unique(self):
+        cases = bench_linear_cuda.cases()
         assert len({(case.op, case.name) for case in cases}) == len(cases)
         assert all(cuda_harness.copies(case, 60 << 20) >= 2 for case in cases)
 

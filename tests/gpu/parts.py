@@ -291,7 +291,7 @@ def sanitizer(setting: Setting) -> Part:
 # ------------------------------------------------------------------------------------------------------- bench
 
 
-BENCHES = ("paged", "quant", "sparse", "lightning", "grid")  # bench/bench_*_cuda.py
+BENCHES = ("paged", "quant", "sparse", "lightning", "linear", "grid")  # bench/bench_*_cuda.py
 
 
 def bench(setting: Setting) -> Part:

@@ -265,7 +265,8 @@ inline RowLanes nth_byte(const BytePairs* bytes, int dim, int n, int bits, int16
   RowLanes found = RowLanes{} + lowest;
   for (int bit = bits - 1; bit >= 0; --bit) {
     meanwhile();
-    const RowLanes with = found + static_cast<int16_t>(1 << bit);
+    const int16_t step = static_cast<int16_t>(1 << bit);
+    const RowLanes with = found + step;
     const BytePairs reached = pack_pair(with, with);
     BytePairs below[4] = {};  // how many of the elements are; the byte as the second operand is read from memory
     for (int i = 0; i < dim / 2; i += 4) {
@@ -292,9 +293,10 @@ inline void nth_largest(const uint16_t* const* rows, int dim, int n, int16_t* nt
     for (int e = i; e < i + 8; e += 2) bytes[e / 2] = pack_pair(keys[e] >> kLowBits, keys[e + 1] >> kLowBits);
   }
   const RowLanes high = nth_byte(bytes, dim, n, kHighBits, 0, meanwhile) << kLowBits;
-  const RowLanes middle = high + int16_t{128};
+  constexpr int16_t kHalf = 1 << (kLowBits - 1);
+  const RowLanes middle = high + kHalf;
   for (int e = 0; e < dim; e += 2) bytes[e / 2] = pack_pair(keys[e] - middle, keys[e + 1] - middle);
-  const RowLanes found = middle + nth_byte(bytes, dim, n, kLowBits, -128, meanwhile);
+  const RowLanes found = middle + nth_byte(bytes, dim, n, kLowBits, -kHalf, meanwhile);
   std::memcpy(nth, &found, sizeof(found));
 }
 

@@ -209,9 +209,7 @@ void launch_linear_attention_backward(const LinearAttentionBackwardArgs& args, L
 std::vector<Kernel> default_linear_kernels() {
   std::vector<Kernel> kernels;
   for (const bool floats : {false, true}) {
-    kernels.push_back(forward_kernel(DType::bf16, 64, floats));
-    kernels.push_back(forward_kernel(DType::bf16, 128, floats));
-    kernels.push_back(forward_kernel(DType::f16, 128, floats));
+    for (const DType dtype : {DType::bf16, DType::f16}) kernels.push_back(forward_kernel(dtype, 128, floats));
   }
   for (const DType dtype : {DType::bf16, DType::f16}) kernels.push_back(sums_kernel(dtype));
   return kernels;

@@ -75,7 +75,9 @@ KVK_CASE(append_checked) {
   check_equal(append_error(&memory), "kvk::append_kv: slot_mapping: token 2 goes to slot 8 of a pool of 2 pages of 4",
               "a bad slot");
   check_lacks(cuda.calls(), "append_kv_kernel", "the op's kernel after a bad slot");
-  check_equal(append_error(nullptr), "kvk::append_kv: needs 40 bytes on the card, and the context has no allocator",
+  check_equal(append_error(nullptr),
+              "kvk::append_kv: needs " + std::to_string(sizeof(BadValue)) +
+                  " bytes on the card, and the context has no allocator",
               "no memory");
 
   cuda.set("capture", 1);

@@ -31,7 +31,6 @@ struct Normaliser {
     }
   }
   float weight(float lse) const { return std::exp(lse - max) / sum; }
-  float merged() const { return max == -kInf ? -kInf : max + std::log(sum); }
 };
 
 // A part that saw no key has no weight, and its values are not read.
@@ -86,11 +85,17 @@ void weigh(float* lse, int64_t n, int count, float* max, float* out_lse) {
     stdx::where(nan != nan, most) = nan;
     V base = most, sum = 0.0f;
     stdx::where(base == -kInf, base) = V(0.0f);
-    for (int64_t i = 0; i < n; ++i) sum += exp(load(lse + i * kMergeRows + r) - base);
     for (int64_t i = 0; i < n; ++i) {
       const V x = load(lse + i * kMergeRows + r);
-      V weight = exp(x - base) / sum;
-      stdx::where(x == -kInf, weight) = V(kUnread);
+      V part = exp(x - base);
+      sum += part;
+      stdx::where(x == -kInf, part) = V(kUnread);
+      store(part, lse + i * kMergeRows + r);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const V part = load(lse + i * kMergeRows + r);
+      V weight = part / sum;
+      stdx::where(part == kUnread, weight) = V(kUnread);
       store(weight, lse + i * kMergeRows + r);
     }
     store(most, max + r);

@@ -1,11 +1,8 @@
 // Block-sparse and neighborhood attention on CUDA, the forward pass.
 #include "emulator/grid_case.h"
+#include "emulator/grid_kernels.h"
 #include "kvk/device/grid.cuh"
 #include "kvk/device/paged_prefill.cuh"
-
-#define KVK_GRID(T, D, DV, SCHEDULE, ...)                 \
-  KVK_EMULATED_KERNEL(kvk::device::grid_attention_kernel< \
-                      kvk::device::GridConfig<kvk::device::T, D, DV, kvk::device::SCHEDULE, __VA_ARGS__>>)
 
 KVK_GRID(bf16, 32, 40, BlockSparse, 4);
 KVK_GRID(bf16, 32, 40, BlockSparse, 4, true);

@@ -1,12 +1,9 @@
 // Block-sparse and neighborhood attention on CUDA, the gradients.
 #include "emulator/grid_case.h"
+#include "emulator/grid_kernels.h"
 #include "kvk/device/block_sparse_transpose.cuh"
 #include "kvk/device/grid_gradient.cuh"
 #include "kvk/device/paged_prefill.cuh"
-
-#define KVK_GRADIENT(T, D, DV, SCHEDULE, ...)            \
-  KVK_EMULATED_KERNEL(kvk::device::grid_gradient_kernel< \
-                      kvk::device::GridGradientConfig<kvk::device::T, D, DV, kvk::device::SCHEDULE, __VA_ARGS__>>)
 
 KVK_GRADIENT(bf16, 32, 40, BlockSparse, false, 1, 4);
 KVK_GRADIENT(bf16, 32, 40, BlockSparse, true, 3, 4);

@@ -1,17 +1,10 @@
 // The kernels of tests/test_cuda_ops_block_sparse.py and tests/test_cuda_ops_neighborhood.py.
+#include "emulator/grid_kernels.h"
 #include "kvk/device/block_sparse_transpose.cuh"
 #include "kvk/device/check_values.cuh"
 #include "kvk/device/grid.cuh"
 #include "kvk/device/grid_gradient.cuh"
 #include "kvk/device/paged_prefill.cuh"
-
-#define KVK_GRID(T, D, DV, SCHEDULE, ...)                 \
-  KVK_EMULATED_KERNEL(kvk::device::grid_attention_kernel< \
-                      kvk::device::GridConfig<kvk::device::T, D, DV, kvk::device::SCHEDULE, __VA_ARGS__>>)
-
-#define KVK_GRADIENT(T, D, DV, SCHEDULE, ...)            \
-  KVK_EMULATED_KERNEL(kvk::device::grid_gradient_kernel< \
-                      kvk::device::GridGradientConfig<kvk::device::T, D, DV, kvk::device::SCHEDULE, __VA_ARGS__>>)
 
 // Tiles of 128 rows, and of 64; part 4 of the score: entry_bias.
 KVK_GRID(bf16, 64, 64, BlockSparse, 0);
